@@ -1,0 +1,26 @@
+# `make demo` and `make test` do their own set-up on a fresh clone.
+.PHONY: demo test lint docs clean
+.DEFAULT_GOAL := demo
+
+venv/.ready: setup.sh requirements.txt pyproject.toml
+	./setup.sh
+
+demo: venv/.ready
+	venv/bin/sheepop demo
+
+# The tests come last, so that their summary is the last line.
+test: lint
+	venv/bin/python -m pytest -q
+
+lint: venv/.ready
+	venv/bin/ruff check .
+	venv/bin/ruff format --check .
+	venv/bin/mypy
+	venv/bin/lint-imports
+
+# The parts of docs/ that are made from the code; a test fails when they are out of date.
+docs: venv/.ready
+	venv/bin/python docs/generate.py
+
+clean:
+	rm -rf venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,230 @@
+"""The command line: one function per command, no logic of its own.
+
+Heavy imports wait inside the commands, so that `--help` answers at once.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sheepop.utils.errors import SheepopError
+from sheepop.utils.files import full_disk_is_a_clear_error
+from sheepop.utils.logging import log
+
+app = typer.Typer(
+    name="sheepop",
+    help="From any pile of text to a trained, measured and talking language model, on your own machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Checkpoint = Annotated[Path, typer.Option(help="checkpoint folder, or a run's folder (its best checkpoint)")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps")]
+Data = Annotated[Path | None, typer.Option(help="text files, folders, or a prepared folder")]
+ConfigFile = Annotated[Path | None, typer.Option(help="JSON file with settings")]
+Preset = Annotated[str | None, typer.Option(help="named settings: classic, modern, gpt2, nano")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON value to standard output")]
+
+
+class SettingsCommand(typer.core.TyperCommand):
+    """A command that also takes every setting as `--section.key value`; its help lists them."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """List the settings after the options, from the same descriptions as `docs/settings.md`."""
+        from sheepop.config import describe_settings
+
+        with formatter.section("Settings (defaults < preset or file < command line)"):
+            formatter.write_dl(
+                [(f"--{name}", f"{text} [{kind}; {default}]") for name, kind, default, text in describe_settings()]
+            )
+
+
+@app.command()
+def demo(
+    minutes: Annotated[float, typer.Option(help="minutes of training")] = 2.5,
+    output: Annotated[Path, typer.Option(help="the run's folder")] = Path("runs/demo"),
+    device: Device = None,
+) -> None:
+    """Train a small model on Shakespeare's plays before your eyes, then show what it learned."""
+    from sheepop.training.demo import run_demo
+
+    run_demo(output, minutes=minutes, device=device or "auto")
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(help="name of a corpus, or `list`")],
+    version: Annotated[str | None, typer.Option(help="which version, for instance 103 for wiki")] = None,
+    data_dir: Annotated[Path, typer.Option(help="folder to write to")] = Path("data"),
+    max_bytes: Annotated[int | None, typer.Option(help="stop after about this many bytes of text")] = None,
+) -> None:
+    """Fetch a named corpus as text; `list` shows their names and licences."""
+    from sheepop.data.download import download as fetch
+    from sheepop.data.download import list_corpora
+
+    if name == "list":
+        print(list_corpora())
+    else:
+        print(fetch(name, version=version, data_dir=data_dir, max_bytes=max_bytes))
+
+
+@app.command()
+def prepare(
+    sources: Annotated[list[Path], typer.Argument(help="text files and folders")],
+    output: Annotated[Path, typer.Option(help="the prepared folder")],
+    tokenizer: Annotated[str, typer.Option(help="bpe, char, word, or the PATH of a tokenizer")] = "bpe",
+    vocab_size: Annotated[int, typer.Option(help="entries of a tokenizer that is trained")] = 8192,
+    val_fraction: Annotated[float, typer.Option(help="share of the text held out to validate")] = 0.1,
+    document_separator: Annotated[str, typer.Option(help="text that ends a document in a file")] = "<|endoftext|>",
+    seed: Annotated[int, typer.Option(help="seed of the split")] = 42,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a prepared folder")] = False,
+) -> None:
+    """Turn documents into token shards, a tokenizer and a manifest."""
+    from sheepop.data.prepare import prepare_corpus
+
+    corpus = prepare_corpus(
+        sources,
+        output,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        val_fraction=val_fraction,
+        seed=seed,
+        separator=document_separator or None,
+        overwrite=overwrite,
+    )
+    print(corpus.path)
+
+
+@app.command(cls=SettingsCommand, context_settings=SETTINGS)
+def train(
+    context: typer.Context,
+    data: Data = None,
+    config: ConfigFile = None,
+    preset: Preset = None,
+    output: Annotated[Path | None, typer.Option(help="the run's folder")] = None,
+    resume: Annotated[str | None, typer.Option(help="auto, or the PATH of a checkpoint or run")] = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="resume even though settings or text differ")
+    ] = False,
+    device: Device = None,
+    seed: Annotated[int | None, typer.Option(help="seed of every random choice")] = None,
+    minutes: Annotated[float | None, typer.Option(help="train for this long")] = None,
+) -> None:
+    """Train a model on text; every setting can be given as --section.key VALUE."""
+    from sheepop.config import parse_overrides
+    from sheepop.training.run import start_run
+
+    named = {
+        "data.path": data and str(data),
+        "training.save_dir": output and str(output),
+        "device": device,
+        "seed": seed,
+        "training.max_minutes": minutes,
+    }
+    overrides = parse_overrides(context.args) | {key: value for key, value in named.items() if value is not None}
+    print(start_run(config, preset=preset, overrides=overrides, resume=resume, accept_changes=accept_changes))
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Data = None,
+    stride: Annotated[
+        int | None, typer.Option(help="score with overlapping windows this far apart (default: no overlap)")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="windows per forward pass")] = 16,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on the whole held-out split, or on other text."""
+    from sheepop.evaluation.perplexity import evaluate_checkpoint
+    from sheepop.models.pretrained import resolve_checkpoint
+
+    result = evaluate_checkpoint(
+        resolve_checkpoint(checkpoint), data, device=device or "auto", stride=stride, batch_size=batch_size
+    )
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        for key, value in result.items():
+            print(f"{key:>16}  {f'{value:.4f}' if isinstance(value, float) else value}")
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="text to continue; empty: begin a document")] = "",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "--max-length", help="tokens to write")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="choose among this many tokens; 0: all")] = 0,
+    top_p: Annotated[float, typer.Option(help="choose among tokens that hold this share of probability")] = 0.95,
+    min_p: Annotated[float, typer.Option(help="drop tokens below this share of the likeliest one's probability")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="above 1: avoid tokens that were used")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="end before this text; may be repeated")] = None,
+    seed: Annotated[int, typer.Option(help="same seed, same text")] = 42,
+    num_samples: Annotated[int, typer.Option(help="number of completions")] = 1,
+    optimized: Annotated[
+        bool, typer.Option("--optimized/--no-optimized", help="with a cache of keys and values, or the naive way")
+    ] = True,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a model continue a text."""
+    from sheepop.generation.generate import generate_text
+    from sheepop.generation.sampling import SamplingSettings
+
+    generate_text(
+        checkpoint,
+        prompt,
+        SamplingSettings(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+        ),
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        num_samples=num_samples,
+        stop=stop or [],
+        optimized=optimized,
+        device=device or "auto",
+        as_json=as_json,
+    )
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="the run's folder")]) -> None:
+    """Write plots and report.html for a run."""
+    from sheepop.evaluation.report import write_report
+
+    print(write_report(run))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program and exit with the contract's status; `--debug` anywhere shows the trace of an error."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    run_guarded(lambda: app(args=[word for word in words if word != "--debug"], prog_name="sheepop"), debug=debug)
+
+
+def run_guarded(command: Callable[[], object], *, debug: bool) -> None:
+    """Turn what a user can mend into one paragraph and an exit status; a defect of ours keeps its traceback."""
+    try:
+        with full_disk_is_a_clear_error(Path.cwd()):
+            command()
+    except SheepopError as error:
+        if debug:
+            traceback.print_exc()
+        log(f"error: {error}")
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        log("Interrupted.")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, for instance `| head`
+        sys.stderr.close()
+        sys.exit(141)

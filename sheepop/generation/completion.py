@@ -1,0 +1,159 @@
+"""From a text prompt to finished texts: encoding, stop strings, streaming without broken characters, timing."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sheepop.data.tokenizer import StreamDecoder, Tokenizer
+from sheepop.generation.engine import generate_cached
+from sheepop.generation.generate import FinishReason, generate_naive
+from sheepop.generation.sampling import SamplingSettings
+from sheepop.models.transformer import TransformerModel
+from sheepop.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One text that the model wrote.
+
+    Attributes:
+        text: without the prompt, cut before the first stop string.
+        token_ids: all tokens that were drawn after the prompt, those that spell a stop string included.
+        finish_reason: "stop" (end of text, or a stop string) or "length".
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The completions of one prompt, and how fast they came.
+
+    Attributes:
+        tokens_per_second: decoding only, all samples together: the tokens after the first of each sample over the
+            time after the first token; 0 where there is nothing to measure.
+        time_to_first_token_seconds: from the request to the first token.
+    """
+
+    prompt: str
+    completions: list[Completion]
+    tokens_per_second: float
+    time_to_first_token_seconds: float
+
+
+def complete(
+    model: TransformerModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    settings: SamplingSettings,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    num_samples: int = 1,
+    stop: Sequence[str] = (),
+    optimized: bool = True,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Let the model continue a text, as if the text began a document.
+
+    Args:
+        stop: strings that end a sample; the text is cut before the first of them.
+        optimized: with a KV cache, or naively; the tokens are the same.
+        on_text: called with the pieces of sample 0's text as they come; whole characters only, and never the
+            beginning of a stop string. Together they are the sample's text.
+
+    Raises:
+        ConfigError: an option is out of range.
+        CheckpointError: model and tokenizer do not fit, or the model's scores are not finite.
+    """
+    if "" in stop:
+        raise ConfigError("A stop string is empty; leave it out, or give at least one character.")
+    transcripts = [
+        Transcript(tokenizer, stop, on_text if sample == 0 else None) for sample in range(max(num_samples, 0))
+    ]
+    began = time.perf_counter()
+    first_token_at = began
+
+    def on_token(sample: int, token_id: int) -> bool:
+        nonlocal first_token_at
+        if first_token_at == began:
+            first_token_at = time.perf_counter()
+        return transcripts[sample].add(token_id)
+
+    generate = generate_cached if optimized else generate_naive
+    continuations = generate(
+        model,
+        [tokenizer.end_of_text_id, *tokenizer.encode(prompt)],
+        settings,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        num_samples=num_samples,
+        end_of_text_id=tokenizer.end_of_text_id,
+        on_token=on_token,
+    )
+    seconds = time.perf_counter() - first_token_at
+    decoded = sum(max(0, len(continuation.token_ids) - 1) for continuation in continuations)
+    return Generation(
+        prompt=prompt,
+        completions=[
+            Completion(transcript.finish(), continuation.token_ids, continuation.finish_reason)
+            for transcript, continuation in zip(transcripts, continuations, strict=True)
+        ],
+        tokens_per_second=decoded / seconds if decoded else 0.0,
+        time_to_first_token_seconds=first_token_at - began,
+    )
+
+
+class Transcript:
+    """The text of one sample as it grows, watched for stop strings.
+
+    `on_text` gets what is certain: text that may turn out to begin a stop string waits until that is known.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], on_text: Callable[[str], None] | None) -> None:
+        self.text = ""
+        self._decoder = StreamDecoder(tokenizer)
+        self._stop = tuple(stop)
+        self._longest_stop = max(map(len, self._stop), default=0)
+        self._on_text = on_text
+        self._emitted = 0
+        self._is_stopped = False
+
+    def add(self, token_id: int) -> bool:
+        """Take the next token; return whether a stop string is complete."""
+        self._append(self._decoder.push(token_id))
+        self._emit(len(self.text) - self._undecided())
+        return self._is_stopped
+
+    def finish(self) -> str:
+        """Release what was held back, and return the whole text."""
+        if not self._is_stopped:
+            self._append(self._decoder.flush())
+        self._emit(len(self.text))
+        return self.text
+
+    def _append(self, piece: str) -> None:
+        """Add text, and cut it before the first stop string."""
+        search_from = max(0, len(self.text) - self._longest_stop + 1)
+        self.text += piece
+        found = [at for string in self._stop if (at := self.text.find(string, search_from)) >= 0]
+        if found:
+            self._is_stopped = True
+            self.text = self.text[: min(found)]
+
+    def _undecided(self) -> int:
+        """Return the length of the longest end of the text that may yet become a stop string."""
+        if self._is_stopped:
+            return 0
+        for length in range(min(self._longest_stop - 1, len(self.text)), 0, -1):
+            ending = self.text[-length:]
+            if any(string.startswith(ending) for string in self._stop):
+                return length
+        return 0
+
+    def _emit(self, end: int) -> None:
+        if self._on_text is not None and end > self._emitted:
+            self._on_text(self.text[self._emitted : end])
+            self._emitted = end

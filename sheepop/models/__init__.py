@@ -1,0 +1,1 @@
+"""The network. It knows token ids only; text lives in `sheepop.data`."""

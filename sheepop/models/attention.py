@@ -1,0 +1,60 @@
+"""Multi-head attention written out to be read: the reference that the optimized one is tested against.
+
+Vaswani et al. 2017; grouped key/value heads: Ainslie et al. 2023; sliding window: Beltagy et al. 2020.
+Shape letters: B batch, T query time, S key time, H query heads, K key/value heads, C head width.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def visible(
+    query_time: int, key_time: int, *, window: int = 0, document_ids: Tensor | None = None, device: torch.device
+) -> Tensor:
+    """Say which key each query may see, (T, S), or (B, 1, T, S) with documents. True means visible.
+
+    The queries are the last `query_time` of `key_time` positions. A query sees itself and what came before it; with
+    a `window` at most that many tokens, itself included; with `document_ids` (B, S) its own document only.
+    """
+    query_positions = torch.arange(key_time - query_time, key_time, device=device)[:, None]  # (T, 1)
+    key_positions = torch.arange(key_time, device=device)  # (S,)
+    mask = key_positions <= query_positions
+    if window:
+        mask &= key_positions > query_positions - window
+    if document_ids is not None:
+        same_document = document_ids[:, -query_time:, None] == document_ids[:, None, :]  # (B, T, S)
+        mask = (mask & same_document)[:, None]
+    return mask
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int = 0,
+    document_ids: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Return softmax(Q Kᵀ / √C, over the visible keys) V.
+
+    Args:
+        query: (B, H, T, C), the last T of S positions.
+        key, value: (B, K, S, C), with H a multiple of K; head h reads key/value head h // (H/K).
+        window: a query sees this many tokens back, itself included; 0 means all.
+        document_ids: (B, S); tokens of different documents do not see each other.
+        dropout: share of attention weights dropped, the rest scaled up.
+
+    Returns:
+        (B, H, T, C).
+    """
+    heads_per_group = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(heads_per_group, dim=1)  # (B, H, S, C)
+    value = value.repeat_interleave(heads_per_group, dim=1)
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (B, H, T, S)
+    mask = visible(query.shape[2], key.shape[2], window=window, document_ids=document_ids, device=query.device)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
+    return F.dropout(weights, dropout) @ value  # (B, H, T, C)

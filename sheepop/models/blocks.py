@@ -1,0 +1,151 @@
+"""One transformer block: norm, attention, norm, feed-forward, each sub-layer added to what came in (pre-norm).
+
+Shape letters: B batch, T time, D width, H query heads, K key/value heads, C head width, F feed-forward width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sheepop.config import ModelConfig
+from sheepop.models.attention import attention
+from sheepop.models.kv_cache import Cache
+from sheepop.models.optimized_attention import optimized_attention
+from sheepop.models.positions import apply_rotary
+
+ATTENTION = {"reference": attention, "optimized": optimized_attention}
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,  # Hendrycks and Gimpel 2016
+    "gelu_tanh": lambda hidden: F.gelu(hidden, approximate="tanh"),  # the approximation that GPT-2 was trained with
+    "relu": F.relu,
+    "silu": F.silu,
+    "relu_squared": lambda hidden: F.relu(hidden).square(),  # So et al. 2021 (Primer)
+    "swiglu": F.silu,  # the gate's activation; Shazeer 2020
+    "geglu": F.gelu,
+}
+
+
+class Linear(nn.Linear):
+    """PyTorch's linear layer without its own initialisation: the model draws all its weights in one place."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+
+class Embedding(nn.Embedding):
+    """PyTorch's embedding without its own initialisation."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+
+def make_norm(config: ModelConfig, width: int) -> nn.Module:
+    """Return the norm that the settings ask for: LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019)."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(width, eps=config.layer_norm_eps)
+    return nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.bias)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer of one forward pass shares.
+
+    Attributes:
+        rotary: cosines and sines of the positions at hand, each (T, 1, C); None for other positions.
+        document_ids: (B, S), or None.
+        cache: keys and values of earlier tokens, or None.
+    """
+
+    rotary: tuple[Tensor, Tensor] | None = None
+    document_ids: Tensor | None = None
+    cache: Cache | None = None
+
+
+class MultiHeadAttention(nn.Module):
+    """Queries, keys and values of all heads from one projection, attention, and the projection back."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim, self.window = config.head_dim, config.sliding_window
+        self.dropout = config.dropout
+        heads = config.num_heads + 2 * config.num_kv_heads
+        self.query_key_value = Linear(config.d_model, heads * config.head_dim, bias=config.bias)
+        self.output = Linear(config.num_heads * config.head_dim, config.d_model, bias=config.bias)
+        # Dehghani et al. 2023: without it, attention logits grow until training at a high rate breaks.
+        self.query_norm = nn.RMSNorm(config.head_dim, eps=config.layer_norm_eps) if config.qk_norm else None
+        self.key_norm = nn.RMSNorm(config.head_dim, eps=config.layer_norm_eps) if config.qk_norm else None
+        self.attention = ATTENTION[config.attention]
+
+    def forward(self, hidden: Tensor, context: Context) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        batch, time, _ = hidden.shape
+        H, K = self.num_heads, self.num_kv_heads
+        projected = self.query_key_value(hidden).view(batch, time, H + 2 * K, self.head_dim)  # (B, T, H+2K, C)
+        value = projected[:, :, H + K :]
+        if self.query_norm is not None and self.key_norm is not None:
+            query_key = torch.cat((self.query_norm(projected[:, :, :H]), self.key_norm(projected[:, :, H : H + K])), 2)
+        else:
+            query_key = projected[:, :, : H + K]
+        if context.rotary is not None:
+            query_key = apply_rotary(query_key, *context.rotary)  # queries and keys turn together: half the calls
+        query, key, value = (
+            query_key[:, :, :H].transpose(1, 2),  # (B, H, T, C)
+            query_key[:, :, H:].transpose(1, 2),  # (B, K, T, C)
+            value.transpose(1, 2),
+        )
+        if context.cache is not None:
+            key, value = context.cache.append(self.layer, key, value)  # (B, K, S, C)
+        mixed = self.attention(
+            query,
+            key,
+            value,
+            window=self.window,
+            document_ids=context.document_ids,
+            dropout=self.dropout if self.training else 0.0,
+        )  # (B, H, T, C)
+        return self.output(mixed.transpose(1, 2).reshape(batch, time, H * self.head_dim))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """Widen, bend, narrow; a gated activation multiplies the bent half by a second, linear one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.is_gated = config.is_gated
+        self.activation = ACTIVATIONS[config.activation]
+        inner = config.d_ff * (2 if config.is_gated else 1)
+        self.input = Linear(config.d_model, inner, bias=config.bias)
+        self.output = Linear(config.d_ff, config.d_model, bias=config.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        hidden = self.input(hidden)  # (B, T, F), or (B, T, 2F) when gated
+        if self.is_gated:
+            gate, linear = hidden.chunk(2, dim=-1)
+            hidden = self.activation(gate) * linear  # (B, T, F)
+        else:
+            hidden = self.activation(hidden)
+        return self.output(hidden)  # type: ignore[no-any-return]
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block: the sub-layers read a normalised copy and add to the residual stream (Xiong et al. 2020)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config, config.d_model)
+        self.attention = MultiHeadAttention(config, layer)
+        self.feed_forward_norm = make_norm(config, config.d_model)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden: Tensor, context: Context) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), context))
+        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))  # type: ignore[no-any-return]

@@ -1,0 +1,42 @@
+"""The attention of `attention.py` through PyTorch's fused kernels: same signature, same result within rounding."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from sheepop.models.attention import visible
+
+
+def optimized_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int = 0,
+    document_ids: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Return what `attention` returns, without a (T, S) matrix in memory where the kernel allows it.
+
+    The plain causal case names itself (`is_causal`) instead of passing a mask, which keeps the flash kernels
+    in use, and a single query without a window sees every key, so it needs no mask at all.
+    """
+    query_time, key_time = query.shape[2], key.shape[2]
+    if 0 < window < key_time and query_time == 1:
+        # The only query sees the last keys alone: slicing is cheaper than masking.
+        key, value = key[:, :, -window:], value[:, :, -window:]
+        document_ids = None if document_ids is None else document_ids[:, -window:]
+        key_time, window = window, 0
+    mask = None
+    is_causal = query_time > 1
+    if document_ids is not None or 0 < window < key_time or (is_causal and query_time != key_time):
+        mask = visible(query_time, key_time, window=window, document_ids=document_ids, device=query.device)
+        is_causal = False
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )

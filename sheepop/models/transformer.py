@@ -1,0 +1,129 @@
+"""The decoder transformer: embed tokens, pass the blocks, normalise, score every entry of the vocabulary."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sheepop.config import ModelConfig
+from sheepop.models.blocks import Context, Embedding, Linear, TransformerBlock, make_norm
+from sheepop.models.kv_cache import KVCache
+from sheepop.models.positions import rotary_tables, sinusoidal_table
+
+
+class TransformerModel(nn.Module):
+    """A language model: token ids in, logits of the next token out. The settings say which family.
+
+    With `initialize=False` the weights are whatever the memory held, to be loaded.
+    """
+
+    rotary_cosines: Tensor
+    rotary_sines: Tensor
+    sinusoidal: Tensor
+
+    def __init__(self, config: ModelConfig, *, initialize: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = Embedding(config.vocab_size, config.d_model)
+        if config.positions == "learned":
+            self.position_embedding = Embedding(config.max_seq_len, config.d_model)
+        elif config.positions == "sinusoidal":
+            table = sinusoidal_table(config.max_seq_len, config.d_model)
+            self.register_buffer("sinusoidal", table, persistent=False)
+        elif config.positions == "rotary":
+            cosines, sines = rotary_tables(config, config.max_seq_len)
+            self.register_buffer("rotary_cosines", cosines, persistent=False)
+            self.register_buffer("rotary_sines", sines, persistent=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.num_layers))
+        self.final_norm = make_norm(config, config.d_model)
+        self.head = Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.head.weight = self.token_embedding.weight  # Press and Wolf 2017
+        if initialize:
+            self.initialize()
+
+    def initialize(self) -> None:
+        """Draw the weights: normal with `init_std`, the projections into the residual stream narrower.
+
+        Each of the 2L sub-layers adds to the stream, so their output projections are scaled by 1/√(2L) to keep its
+        variance from growing with depth (Radford et al. 2019, section 2.3). Biases are zero, norms one.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+            else:
+                depth_scale = 1 / math.sqrt(2 * self.config.num_layers) if name.endswith("output.weight") else 1.0
+                nn.init.normal_(parameter, mean=0.0, std=self.config.init_std * depth_scale)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Return the logits (B, T, V) of the token after each position; with `last_only` (B, 1, V).
+
+        Args:
+            token_ids: (B, T) integers below `vocab_size`.
+            document_ids: (B, T), tokens with different numbers do not see each other; positions that are added to
+                embeddings restart with each document. Not together with a cache.
+            cache: keys and values of the `cache.length` tokens before these; it grows by T.
+
+        Raises:
+            ValueError: more tokens than `max_seq_len`.
+        """
+        hidden = self.hidden_states(token_ids, document_ids=document_ids, cache=cache)
+        if last_only:
+            hidden = hidden[:, -1:]
+        return F.linear(hidden, self.head.weight)  # (B, T, V)
+
+    def hidden_states(
+        self, token_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Return what the head reads: the residual stream after the final norm, (B, T, D)."""
+        start = cache.length if cache is not None else 0
+        end = start + token_ids.shape[1]
+        if end > self.config.max_seq_len:
+            raise ValueError(f"the model sees at most {self.config.max_seq_len} tokens, not {end}")
+        if document_ids is not None and cache is not None:
+            raise ValueError("document_ids and a cache do not go together: a cache holds one document a row")
+        hidden = self.dropout(self._embed(token_ids, start, document_ids))  # (B, T, D)
+        rotary = None
+        if self.config.positions == "rotary":
+            rotary = (self.rotary_cosines[start:end, None], self.rotary_sines[start:end, None])  # (T, 1, C)
+        context = Context(rotary=rotary, document_ids=document_ids, cache=cache)
+        for block in self.blocks:
+            hidden = block(hidden, context)
+        if cache is not None:
+            cache.length = end
+        return self.final_norm(hidden)  # type: ignore[no-any-return]
+
+    def _embed(self, token_ids: Tensor, start: int, document_ids: Tensor | None) -> Tensor:
+        """Return token embeddings plus, for absolute positions, what tells their place: (B, T, D)."""
+        embedded: Tensor = self.token_embedding(token_ids)
+        if self.config.positions not in ("learned", "sinusoidal"):
+            return embedded
+        positions = torch.arange(start, start + token_ids.shape[1], device=token_ids.device)  # (T,)
+        if document_ids is not None:
+            positions = positions - document_starts(document_ids)  # (B, T)
+        if self.config.positions == "learned":
+            return embedded + self.position_embedding(positions)  # type: ignore[no-any-return]
+        # Vaswani et al. 2017, section 3.4: scaled up so that the unit waves do not drown the tokens.
+        return embedded * math.sqrt(self.config.d_model) + self.sinusoidal[positions]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.token_embedding.weight.device
+
+
+def document_starts(document_ids: Tensor) -> Tensor:
+    """Return for each token of (B, T) the index at which its document begins in the row."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.where(begins, index, 0).cummax(dim=1).values

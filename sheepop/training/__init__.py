@@ -1,0 +1,1 @@
+"""The loop and what it needs: schedule, optimizer, loss, checkpoints, metrics, processes."""

@@ -1,0 +1,108 @@
+"""What a run writes down while it trains: `metrics.jsonl` always, TensorBoard on request, a line at the terminal."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from sheepop.utils.errors import ConfigError
+from sheepop.utils.files import write_atomic
+from sheepop.utils.logging import format_count, format_duration, is_terminal, log
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+
+
+class RunLog:
+    """Appends lines to the run's JSONL files and tells the person at the terminal.
+
+    Lines after `step` are dropped on opening, so that a resumed run continues its own record without doubles.
+    """
+
+    def __init__(self, run: Path, *, step: int, tensorboard: bool = False) -> None:
+        self.run = run
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            keep_lines_until(run / name, step)
+        self._tensorboard = _open_tensorboard(run / "tensorboard", step) if tensorboard else None
+        self._line_is_open = False
+
+    def metrics(self, **values: Any) -> None:
+        """Append a line to `metrics.jsonl`; numbers that JSON cannot hold become null."""
+        _append(self.run / METRICS_FILE, {key: _json_number(value) for key, value in values.items()})
+        if self._tensorboard is not None:
+            for key, value in values.items():
+                if isinstance(value, float) and key != "elapsed_seconds":
+                    self._tensorboard.add_scalar(f"{values['type']}/{key}", value, values["step"])
+
+    def sample(self, *, step: int, prompt: str, text: str) -> None:
+        """Append to `samples.jsonl` what the model writes at this step, and show it."""
+        _append(self.run / SAMPLES_FILE, {"step": step, "prompt": prompt, "text": text})
+        self.say(f"  a sample at step {step}:")
+        for line in (prompt + text).splitlines():
+            self.say(f"    | {line}")
+
+    def progress(
+        self, *, step: int, total_steps: int, loss: float, learning_rate: float, tokens_per_second: float, left: float
+    ) -> None:
+        """Show how far the run is: a bar that is rewritten on a terminal, a line elsewhere."""
+        text = (
+            f"step {step}/{total_steps}  loss {loss:.4f}  lr {learning_rate:.2e}  "
+            f"{format_count(tokens_per_second)} tokens/s  {format_duration(left)} left"
+        )
+        if not is_terminal():
+            log(text)
+            return
+        done = round(20 * step / total_steps)
+        print(f"\r[{'#' * done}{'.' * (20 - done)}] {text}\x1b[K", end="", file=sys.stderr, flush=True)
+        self._line_is_open = True
+
+    def say(self, message: str) -> None:
+        """Print a line without breaking the progress bar."""
+        if self._line_is_open:
+            log()
+            self._line_is_open = False
+        log(message)
+
+    def close(self) -> None:
+        """End the progress bar and the TensorBoard file."""
+        if self._line_is_open:
+            log()
+            self._line_is_open = False
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def keep_lines_until(path: Path, step: int) -> None:
+    """Drop the lines of a JSONL file that belong to later steps, and a last line that was cut by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomic(path, "".join(kept))
+
+
+def _append(path: Path, value: dict[str, object]) -> None:
+    # One write call of a whole line: a reader never sees a line cut by our buffering.
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _json_number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _open_tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "training.tensorboard needs the package tensorboard: pip install 'sheepop[tensorboard]', "
+            "or leave it off; metrics.jsonl and the plots are written either way."
+        ) from None
+    return SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]

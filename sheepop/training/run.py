@@ -1,0 +1,285 @@
+"""Setting up a run: its folder, its text, its model; fresh or resumed."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from sheepop.config import LENGTH_KEYS, Config, load_config
+from sheepop.data.prepare import Corpus, prepare_on_the_way
+from sheepop.data.sampler import Sampler
+from sheepop.data.tokenizer import Tokenizer
+from sheepop.models.pretrained import read_settings
+from sheepop.models.sizing import count_parameters
+from sheepop.models.transformer import TransformerModel
+from sheepop.training.checkpoint import TrainingState, find_resume, read_state, restore, sweep_leftovers
+from sheepop.training.distributed import World, join_world, wait_for_all
+from sheepop.training.metrics import METRICS_FILE
+from sheepop.training.optimizer import make_optimizer
+from sheepop.training.trainer import Run, train
+from sheepop.utils.devices import choose_precision, resolve_device
+from sheepop.utils.errors import CheckpointError, ConfigError, DataError
+from sheepop.utils.files import write_json
+from sheepop.utils.logging import format_count, log, warn
+from sheepop.utils.seeds import derive_seed
+
+# Settings that a resumed run may change without becoming another run: they say how it is watched, kept and loaded.
+FREE_TO_CHANGE = {
+    "preset",
+    "device",
+    "model.attention",
+    "training.save_dir",
+    "training.save_interval",
+    "training.keep_last",
+    "training.log_interval",
+    "training.eval_interval",
+    "training.eval_max_tokens",
+    "training.sample_interval",
+    "training.sample_prompt",
+    "training.sample_tokens",
+    "training.tensorboard",
+    "data.path",
+    "data.data_dir",
+    "data.num_workers",
+}
+
+
+def start_run(
+    file: Path | None,
+    *,
+    preset: str | None,
+    overrides: dict[str, object],
+    resume: str | None,
+    accept_changes: bool = False,
+) -> Path:
+    """Train as the settings say, from the start or from a checkpoint, and return the run's folder.
+
+    Without `file` a resumed run takes its settings from its checkpoint.
+
+    Args:
+        file: settings file, see `load_config`.
+        preset: see `load_config`.
+        overrides: dotted settings of the command line, among them `data.path`.
+        resume: None, `auto`, or the path of a checkpoint or run.
+        accept_changes: let a resumed run go on with other settings than it began with.
+
+    Raises:
+        SheepopError: whatever the user can mend; its class says which exit status.
+    """
+    asked = load_config(file, preset=preset, overrides=overrides)
+    checkpoint = None
+    if resume:
+        folder = Path(asked.training.save_dir)
+        checkpoint = find_resume(folder, resume)
+        if checkpoint is None:
+            log(f"There is no checkpoint in {folder} yet; starting from the beginning.")
+        elif file is None and preset is None:
+            asked = load_config(checkpoint / "config.json", overrides=_save_beside(checkpoint, resume) | overrides)
+    if not asked.data.path:
+        raise ConfigError("There is no text to train on: name files, folders or a prepared folder with --data PATH.")
+    device = resolve_device(asked.device)
+    run_folder = Path(asked.training.save_dir)
+    with join_world(device) as world:
+        if world.is_main:
+            claim_folder(run_folder, resuming=resume is not None)
+        wait_for_all(world)
+        corpus = open_text(asked, world)
+        run = set_up(asked, corpus, device=device, world=world)
+        if checkpoint is not None:
+            resume_from(run, checkpoint, accept_changes=accept_changes)
+        if world.is_main:
+            write_json(run_folder / "config.json", run.config.model_dump())
+            describe(run)
+        train(run)
+    return run_folder
+
+
+def claim_folder(folder: Path, *, resuming: bool) -> None:
+    """Make the run's folder, or make sure that it can be gone on with.
+
+    Raises:
+        ConfigError: it holds another run, is a file, or cannot be written to.
+    """
+    if not resuming and ((folder / METRICS_FILE).exists() or any(folder.glob("checkpoint_*"))):
+        raise ConfigError(
+            f"The output folder {folder} already holds a run. Go on with it by --resume auto, or choose another folder "
+            "with --output; nothing in it was changed."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"The output folder {folder} cannot be written to ({os.strerror(error.errno or 0)}). Choose another one with "
+            "--output."
+        ) from None
+    sweep_leftovers(folder)
+
+
+def open_text(config: Config, world: World) -> Corpus:
+    """Open the prepared folder that `data.path` names, or prepare its text on the way; one process does it for all."""
+    data = config.data
+    assert data.path is not None
+    corpus = None
+    for turn in (world.is_main, not world.is_main):
+        if turn:
+            corpus = prepare_on_the_way(
+                [Path(data.path)],
+                Path(data.data_dir),
+                tokenizer=data.tokenizer,
+                vocab_size=config.model.vocab_size,
+                val_fraction=data.val_fraction,
+                seed=config.seed,
+                separator=data.document_separator,
+            )
+        wait_for_all(world)
+    assert corpus is not None
+    return corpus
+
+
+def set_up(config: Config, corpus: Corpus, *, device: torch.device, world: World) -> Run:
+    """Build the model and all that trains it, at step 0."""
+    tokenizer = corpus.tokenizer()
+    if config.model.vocab_size != tokenizer.vocab_size:
+        log(
+            f"model.vocab_size is {tokenizer.vocab_size}, the number of the tokenizer's entries "
+            f"({config.model.vocab_size} were asked for)"
+        )
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"vocab_size": tokenizer.vocab_size}),
+            "data": config.data.model_copy(update={"path": str(corpus.path.resolve())}),
+        }
+    )
+    training = config.training
+    sampler = Sampler(
+        num_windows=corpus.split("train").num_windows(config.data.max_length, config.data.stride),
+        batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        seed=config.seed,
+    )
+    precision = choose_precision(device, use_amp=training.use_amp, asked=training.precision)
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    model = TransformerModel(config.model).to(device)
+    return Run(
+        folder=Path(training.save_dir),
+        config=config,
+        corpus=corpus,
+        tokenizer=tokenizer,
+        model=model,
+        optimizer=make_optimizer(model, training),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_loss_scaling),
+        sampler=sampler,
+        precision=precision,
+        world=world,
+        state=TrainingState(total_steps=0, data_fingerprint=corpus.fingerprint),
+    )
+
+
+def resume_from(run: Run, checkpoint: Path, *, accept_changes: bool) -> None:
+    """Bring `run` to where `checkpoint` stands.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another text, vocabulary or model.
+        ConfigError: settings that change the course of training differ, and that was not accepted.
+    """
+    before = read_settings(checkpoint)
+    changes = changed_settings(before, run.config)
+    saved_tokenizer = Tokenizer.load(checkpoint)
+    if saved_tokenizer.fingerprint != run.tokenizer.fingerprint:
+        raise CheckpointError(
+            f"The vocabulary of {run.corpus.path} ({run.tokenizer.vocab_size} entries) is not the one that {checkpoint} "
+            f"was trained with ({saved_tokenizer.vocab_size} entries), so its numbers would mean other words. Prepare the "
+            f"text with `--tokenizer {checkpoint / 'tokenizer.json'}`, or start a new run."
+        )
+    model_changes = [change for change in changes if change.startswith("model.")]
+    if model_changes:
+        raise CheckpointError(
+            f"The checkpoint {checkpoint} holds another model than the settings ask for: {'; '.join(model_changes)}. "
+            "Leave the model's settings as they were, or start a new run with another --output."
+        )
+    state = read_state(checkpoint)
+    if state.data_fingerprint != run.state.data_fingerprint and not accept_changes:
+        raise DataError(
+            f"The text in {run.corpus.path} is not the text that {checkpoint} was trained on (its fingerprint differs), so "
+            "going on would not continue the same run. Use the same text, or say --accept-changes to go on all the same."
+        )
+    length_changes = [change for change in changes if change.split(":")[0].removeprefix("training.") in LENGTH_KEYS]
+    other_changes = [change for change in changes if change not in length_changes]
+    if other_changes and not accept_changes:
+        raise ConfigError(
+            f"These settings differ from those of {checkpoint}: {'; '.join(other_changes)}. The result would not be the one "
+            "of an undisturbed run. Set them back, or say --accept-changes to go on with the new ones."
+        )
+    if length_changes:
+        warn(f"the length of the run changes ({'; '.join(length_changes)}); the schedule follows the new length")
+    restore(checkpoint, run.model, run.optimizer)
+    if state.loss_scaler:
+        run.scaler.load_state_dict(state.loss_scaler)
+    if length_changes:
+        state.total_steps = 0
+    state.data_fingerprint = run.state.data_fingerprint
+    run.state = state
+    log(f"resumed from {checkpoint} after step {state.step}")
+
+
+def changed_settings(before: Config, after: Config) -> list[str]:
+    """List the settings that differ and matter to the course of training, as `key: old -> new`."""
+    flat_before, flat_after = _flatten(before.model_dump()), _flatten(after.model_dump())
+    return [
+        f"{key}: {flat_before.get(key)} -> {value}"
+        for key, value in flat_after.items()
+        if key not in FREE_TO_CHANGE and flat_before.get(key) != value
+    ]
+
+
+def describe(run: Run) -> None:
+    """Say what is about to be trained, on what, with which settings."""
+    config, corpus = run.config, run.corpus
+    train_split, val_split = corpus.split("train"), corpus.split("val")
+    counts = count_parameters(config.model)
+    training = config.training
+    tokens_per_step = training.batch_size * training.gradient_accumulation_steps * config.data.max_length
+    log(
+        f"model: {format_count(counts.total)} parameters ({config.preset}: {config.model.num_layers} layers, width "
+        f"{config.model.d_model}, {config.model.num_heads} heads, context {config.model.max_seq_len}, vocabulary "
+        f"{config.model.vocab_size})"
+    )
+    log(
+        f"text: {format_count(train_split.num_tokens)} tokens to train on, {format_count(val_split.num_tokens)} to "
+        f"validate, from {corpus.path}"
+    )
+    log(
+        f"training: {tokens_per_step} tokens a step, {run.sampler.steps_per_epoch} steps an epoch, in "
+        f"{run.precision.name} on {run.model.device} with {torch.get_num_threads()} threads and {run.world.size} process(es)"
+    )
+    log(f"settings: {run.folder / 'config.json'}")
+    total = run.state.total_steps
+    if total and training.warmup_steps >= total:
+        warn(
+            f"warm-up ({training.warmup_steps} steps) is as long as the whole run ({total} steps), so the learning rate "
+            "never comes down; lower training.warmup_steps"
+        )
+    shares = training.gradient_accumulation_steps
+    if shares % run.world.size:
+        warn(
+            f"{run.world.size} processes share {shares} micro-batch(es) a step, so some wait for others; make "
+            "training.gradient_accumulation_steps a multiple of the number of processes"
+        )
+
+
+def _save_beside(checkpoint: Path, resume: str) -> dict[str, object]:
+    """A run that resumes a named checkpoint without other settings goes on in that checkpoint's own folder."""
+    return {} if resume == "auto" else {"training.save_dir": str(checkpoint.parent)}
+
+
+def _flatten(nested: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

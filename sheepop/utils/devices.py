@@ -1,0 +1,109 @@
+"""Which device to compute on, and in which precision."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from sheepop.utils.errors import ConfigError
+
+
+def available_devices() -> list[str]:
+    """Name the devices of this machine, fastest kind first."""
+    names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    return [*names, "cpu"]
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda`, `cuda:N` or `mps` into a device that is there.
+
+    Raises:
+        ConfigError: this machine has no such device; names those that it has.
+    """
+    present = available_devices()
+    if name == "auto":
+        return torch.device(present[0])
+    if name == "cuda" and present[0].startswith("cuda"):
+        return torch.device("cuda", torch.cuda.current_device())
+    if name in present:
+        return torch.device(name)
+    raise ConfigError(
+        f"device '{name}' is not on this machine. It has: {', '.join(present)}. "
+        "Choose one of them with --device, or let --device auto do it."
+    )
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a forward pass computes: the autocast type (None means plain fp32) and whether losses need scaling."""
+
+    name: str
+    autocast_dtype: torch.dtype | None
+    needs_loss_scaling: bool
+
+
+FP32 = Precision("fp32", None, False)
+BF16 = Precision("bf16", torch.bfloat16, False)
+FP16 = Precision("fp16", torch.float16, True)
+
+
+def choose_precision(device: torch.device, *, use_amp: bool, asked: str = "auto") -> Precision:
+    """Return the precision of training on `device`.
+
+    `auto` with `use_amp` is bf16 where the hardware computes in it, else fp16 with loss scaling on a GPU, else
+    fp32: a CPU without bf16 instructions would emulate them, several times slower than fp32.
+
+    Raises:
+        ConfigError: fp16 was asked for on a CPU, whose kernels do not train in it.
+    """
+    if asked == "fp16" and device.type == "cpu":
+        raise ConfigError("training.precision 'fp16' needs a GPU; on a CPU use 'fp32', or 'auto'.")
+    named = {"fp32": FP32, "bf16": BF16, "fp16": FP16}
+    if asked != "auto":
+        return named[asked]
+    if not use_amp or device.type == "mps":
+        return FP32
+    if device.type == "cuda":
+        return BF16 if torch.cuda.is_bf16_supported(including_emulation=False) else FP16
+    return BF16 if cpu_has_bf16() else FP32
+
+
+def cpu_has_bf16() -> bool:
+    """Say whether this processor multiplies bf16 matrices in hardware (AVX-512 BF16 or AMX on x86)."""
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check is not None and check() for check in checks)
+
+
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the name is matched from the left.
+KNOWN_PEAKS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float:
+    """Return the floating-point operations a second that the device can do at best.
+
+    A known GPU answers with its data sheet; anything else is measured as the best of a few fp32 products of
+    1024 x 1024 matrices (some tens of milliseconds).
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for prefix, peak in KNOWN_PEAKS.items():
+            if name.startswith(prefix):
+                return peak
+    size = 1024
+    left, right = torch.ones(size, size, device=device), torch.ones(size, size, device=device)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()  # reading a number waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

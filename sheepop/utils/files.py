@@ -1,0 +1,140 @@
+"""Files that are whole or absent: written beside their place, flushed to disk, then renamed.
+
+The order (write, flush the file, rename, flush the folder) is the one that survives a power cut on a POSIX
+file system; see Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sheepop.utils.errors import NoSpaceError, SheepopError
+
+
+@contextmanager
+def full_disk_is_a_clear_error(path: Path) -> Iterator[None]:
+    """Turn "no space left" (also when a quota says it) while writing `path` into a `NoSpaceError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(
+                f"No space is left on the disk while writing {path}. What was there before is untouched. "
+                "Free some space, or choose another folder, and run the command again."
+            ) from error
+        raise
+
+
+def flush_to_disk(path: Path) -> None:
+    """Ask the system to bring a file's content, or a folder's entries, to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Replace the file at `path` by `content` in one step; a reader sees the old file or the new one.
+
+    Raises:
+        NoSpaceError: the disk is full; the old file is untouched.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with full_disk_is_a_clear_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner may read
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        flush_to_disk(path.parent)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; when the block ends well, flush it all and rename it to `target`.
+
+    A reader of `target` sees the whole folder or none. When the block raises, the temporary folder goes away.
+    An existing `target` is replaced only after the new one is complete.
+
+    Raises:
+        NoSpaceError: the disk is full; nothing was published.
+    """
+    with full_disk_is_a_clear_error(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+        try:
+            os.chmod(temporary, 0o777 & ~_umask())
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    flush_to_disk(Path(folder) / name)
+                flush_to_disk(Path(folder))
+            if target.exists():
+                discarded = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
+                os.replace(target, discarded / target.name)
+                os.replace(temporary, target)
+                shutil.rmtree(discarded)
+            else:
+                os.replace(temporary, target)
+            flush_to_disk(target.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def to_json(value: object, *, indent: int | None = 2) -> str:
+    """Serialise to strict JSON: NaN and infinity, which JSON does not have, raise `ValueError`."""
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` to `path` atomically as indented JSON."""
+    write_atomic(path, to_json(value) + "\n")
+
+
+def read_json(path: Path, error: type[SheepopError]) -> dict[str, Any]:
+    """Read a JSON object from `path`.
+
+    Raises:
+        error: the file is missing, unreadable, not JSON, or not an object; says where in the file.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"There is no file {path}.") from None
+    except json.JSONDecodeError as problem:
+        raise error(
+            f"{path} is not valid JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}."
+        ) from None
+    except (OSError, UnicodeDecodeError, RecursionError) as problem:
+        raise error(f"{path} cannot be read as JSON: {problem}.") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} must hold a JSON object in braces, but holds a {type(value).__name__}.")
+    return value
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

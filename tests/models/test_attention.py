@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sheepop.models.attention import attention
+from sheepop.models.optimized_attention import optimized_attention
+
+
+def tensors(batch, heads, kv_heads, query_time, key_time, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, heads, query_time, width), (batch, kv_heads, key_time, width), (batch, kv_heads, key_time, width)]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def by_loops(query, key, value, window, document_ids):
+    """Attention one number at a time, as a third opinion."""
+    batch, heads, query_time, width = query.shape
+    kv_heads, key_time = key.shape[1], key.shape[2]
+    result = torch.zeros(batch, heads, query_time, width, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            group = h // (heads // kv_heads)
+            for t in range(query_time):
+                here = key_time - query_time + t
+                seen = [
+                    s
+                    for s in range(here + 1)
+                    if (not window or here - s < window)
+                    and (document_ids is None or document_ids[b, s] == document_ids[b, here])
+                ]
+                scores = [float(query[b, h, t].double() @ key[b, group, s].double()) / math.sqrt(width) for s in seen]
+                weights = torch.tensor(scores, dtype=torch.float64).softmax(0)
+                result[b, h, t] = sum(w * value[b, group, s].double() for w, s in zip(weights, seen, strict=True))
+    return result
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    key_time=st.integers(1, 9),
+    query_share=st.floats(0.01, 1),
+    window=st.integers(0, 10),
+    documents=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_reference_and_optimized_equal_loops(kv_heads, group, key_time, query_share, window, documents, seed):
+    query_time = max(1, int(key_time * query_share))
+    query, key, value = tensors(2, kv_heads * group, kv_heads, query_time, key_time, 5, seed)
+    ids = None
+    if documents:
+        ids = torch.randint(0, 2, (2, key_time), generator=torch.Generator().manual_seed(seed)).cumsum(1)
+    expected = by_loops(query, key, value, window, ids)
+    for implementation in (attention, optimized_attention):
+        result = implementation(query, key, value, window=window, document_ids=ids)
+        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_optimized_equal_reference():
+    parts = tensors(2, 6, 3, 7, 7, 4)
+    gradients = []
+    for implementation in (attention, optimized_attention):
+        leaves = [part.clone().requires_grad_() for part in parts]
+        implementation(*leaves, window=3).square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for reference, optimized in zip(*gradients, strict=True):
+        torch.testing.assert_close(optimized, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", [attention, optimized_attention])
+def test_dropout_drops_weights_and_keeps_the_mean(implementation):
+    torch.manual_seed(0)
+    query, key, value = tensors(64, 2, 2, 9, 9, 3)
+    value = torch.ones_like(value)
+    plain = implementation(query, key, value)
+    dropped = implementation(query, key, value, dropout=0.3)
+    assert not torch.allclose(plain, dropped)
+    assert abs(dropped.mean() - 1.0) < 0.05

@@ -1,0 +1,176 @@
+import itertools
+
+import pytest
+import torch
+
+from sheepop.config import ModelConfig
+from sheepop.models.kv_cache import KVCache
+from sheepop.models.sizing import (
+    count_parameters,
+    forward_flops_per_token,
+    kv_cache_bytes,
+    training_flops_per_token,
+    weight_bytes,
+)
+from sheepop.models.transformer import TransformerModel, document_starts
+
+SIZES = {"vocab_size": 37, "d_model": 24, "num_layers": 3, "num_heads": 6, "d_ff": 29, "max_seq_len": 11}
+CLASSIC = {"norm": "layernorm", "activation": "gelu", "bias": True, "dropout": 0.0}
+MODERN = {
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "num_kv_heads": 2,
+    "qk_norm": True,
+    "tie_weights": False,
+    "dropout": 0.0,
+}
+VARIANTS = [
+    *({**CLASSIC, "positions": positions} for positions in ("rotary", "sinusoidal", "learned", "none")),
+    *({**MODERN, "positions": positions} for positions in ("rotary", "sinusoidal", "learned", "none")),
+    *({**CLASSIC, "activation": activation} for activation in ("gelu_tanh", "relu", "silu", "relu_squared", "geglu")),
+    {**CLASSIC, "sliding_window": 4},
+    {**MODERN, "sliding_window": 3, "positions": "learned"},
+    {**MODERN, "rope_scaling": "yarn", "rope_scaling_factor": 2.0},
+    {**CLASSIC, "head_dim": 10},
+]
+
+
+def make(seed=0, **settings):
+    torch.manual_seed(seed)
+    model = TransformerModel(ModelConfig(**SIZES | settings)).eval()
+    with torch.no_grad():
+        # Away from the initial symmetry, so that a missing bias or norm weight would show.
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def ids(batch=3, time=11, seed=0):
+    return torch.randint(0, SIZES["vocab_size"], (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=lambda s: "-".join(str(v) for v in s.values()))
+def test_every_family(settings):
+    model = make(**settings)
+    tokens = ids()
+    with torch.no_grad():
+        logits = model(tokens)
+        assert logits.shape == (3, 11, 37)
+        torch.testing.assert_close(model(tokens, last_only=True), logits[:, -1:], rtol=1e-4, atol=1e-5)
+
+        # optimized attention equals the written-out one
+        reference = make(**settings, attention="reference")
+        torch.testing.assert_close(reference(tokens), logits, rtol=1e-4, atol=1e-4)
+
+        # cached equals uncached, in pieces of several sizes
+        cache = KVCache(model.config, 3, 11)
+        pieces = [model(tokens[:, start:end], cache=cache) for start, end in itertools.pairwise([0, 4, 5, 6, 9, 11])]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), logits, rtol=1e-4, atol=1e-4)
+
+        # a row in a batch equals the row alone
+        torch.testing.assert_close(model(tokens[1:2]), logits[1:2], rtol=1e-4, atol=1e-4)
+
+        # the future does not reach the past
+        changed = tokens.clone()
+        changed[:, 7:] = (changed[:, 7:] + 1) % 37
+        torch.testing.assert_close(model(changed)[:, :7], logits[:, :7], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(model(changed)[:, 7:], logits[:, 7:])
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=lambda s: "-".join(str(v) for v in s.values()))
+def test_documents_in_a_row_equal_documents_alone(settings):
+    model = make(**settings)
+    tokens = ids()
+    documents = torch.tensor([[0] * 3 + [1] * 5 + [2] * 3]).expand(3, -1)
+    with torch.no_grad():
+        together = model(tokens, document_ids=documents)
+        for start, end in ((0, 3), (3, 8), (8, 11)):
+            torch.testing.assert_close(together[:, start:end], model(tokens[:, start:end]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_sliding_window_hides_what_is_far():
+    model = make(**CLASSIC, num_layers=1, sliding_window=4)
+    tokens = ids()
+    changed = tokens.clone()
+    changed[:, 2] = (changed[:, 2] + 1) % 37
+    with torch.no_grad():
+        difference = (model(tokens) - model(changed)).abs().amax(dim=(0, 2))
+    assert (difference[2:6] > 1e-4).all()
+    assert (difference[6:] < 1e-6).all()
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=lambda s: "-".join(str(v) for v in s.values()))
+def test_parameters_are_counted_right(settings):
+    model = make(**settings)
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    assert count_parameters(model.config).total == counted
+    assert weight_bytes(model.config) == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize("settings", [CLASSIC, MODERN, {**CLASSIC, "sliding_window": 4}])
+def test_flops_equal_those_of_the_matrix_products(settings):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = make(**settings, attention="reference")
+    config, time = model.config, 11
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids(1, time))
+    # The written-out attention multiplies all T x T pairs; the formula counts the visible ones only.
+    window = config.sliding_window or time
+    visible = sum(min(t + 1, window) for t in range(time))
+    hidden_pairs = config.num_layers * 4 * config.num_heads * config.head_dim * (time * time - visible)
+    assert forward_flops_per_token(config, time) * time == pytest.approx(counter.get_total_flops() - hidden_pairs)
+    assert training_flops_per_token(config, time) == 3 * forward_flops_per_token(config, time)
+
+
+def test_cache_bytes_are_those_of_its_buffers():
+    config = ModelConfig(**SIZES | MODERN)
+    cache = KVCache(config, 5, 7)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in cache.keys + cache.values)
+    assert kv_cache_bytes(config, batch_size=5, length=7) == held
+
+
+def test_a_cache_can_be_reused_after_reset():
+    model = make(**MODERN)
+    cache = KVCache(model.config, 3, 11)
+    with torch.no_grad():
+        model(ids(seed=1), cache=cache)
+        cache.reset()
+        again = model(ids(seed=2), cache=cache)
+        torch.testing.assert_close(again, model(ids(seed=2)), rtol=1e-4, atol=1e-4)
+
+
+def test_initial_weights_have_the_documented_spread():
+    torch.manual_seed(0)
+    model = TransformerModel(ModelConfig(vocab_size=500, d_model=128, num_layers=8, num_heads=4, bias=True))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all()
+        elif "norm" in name:
+            assert (parameter == 1).all()
+        else:
+            expected = 0.02 / 4 if name.endswith("output.weight") else 0.02  # sqrt(2 x 8 layers) = 4
+            assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.05), name
+
+
+def test_tied_weights_are_one_matrix():
+    tied, untied = make(**CLASSIC), make(**CLASSIC, tie_weights=False)
+    assert tied.head.weight is tied.token_embedding.weight
+    assert untied.head.weight is not untied.token_embedding.weight
+
+
+def test_dropout_acts_in_training_only():
+    model = make(**CLASSIC | {"dropout": 0.5})
+    torch.testing.assert_close(model(ids()), model(ids()))
+    model.train()
+    assert not torch.allclose(model(ids()), model(ids()))
+
+
+def test_too_long_sequences_are_refused():
+    with pytest.raises(ValueError, match="at most 11 tokens, not 12"):
+        make(**CLASSIC)(ids(time=12))
+
+
+def test_document_starts():
+    starts = document_starts(torch.tensor([[5, 5, 6, 6, 6, 7]]))
+    assert starts.tolist() == [[0, 0, 2, 2, 2, 5]]

@@ -1,0 +1,8 @@
+"""`sheepop train` under the name that the project's first users know."""
+
+import sys
+
+from sheepop.cli import main
+
+if __name__ == "__main__":
+    main(["train", *sys.argv[1:]])

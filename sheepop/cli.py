@@ -178,7 +178,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Let a model continue a text."""
-    from sheepop.generation.generate import generate_text
+    from sheepop.generation.terminal import generate_text
     from sheepop.generation.sampling import SamplingSettings
 
     generate_text(
@@ -194,6 +194,28 @@ def generate(
         optimized=optimized,
         device=device or "auto",
         as_json=as_json,
+    )
+
+
+@app.command()
+def chat(
+    checkpoint: Checkpoint,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens of one turn")] = 100,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="choose among tokens that hold this share of probability")] = 0.95,
+    seed: Annotated[int, typer.Option(help="same seed, same text")] = 42,
+    device: Device = None,
+) -> None:
+    """Write a text together with a model, line by line."""
+    from sheepop.generation.sampling import SamplingSettings
+    from sheepop.generation.terminal import chat as start_chat
+
+    start_chat(
+        checkpoint,
+        SamplingSettings(temperature=temperature, top_p=top_p),
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        device=device or "auto",
     )
 
 

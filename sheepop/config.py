@@ -393,6 +393,7 @@ def _explain(problem: ErrorDetails) -> str:
         siblings = [name.split(".")[-1] for name in names if name.rpartition(".")[0] == section]
         if not section:
             siblings = list(Config.model_fields)
+            nearest = nearest or did_you_mean(key, siblings)
         return f"there is no setting '{key}' (value {value!r}).{nearest} Allowed here: {', '.join(siblings)}."
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if problem["type"] == "value_error":

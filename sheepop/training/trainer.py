@@ -19,7 +19,7 @@ from sheepop.data.prepare import Corpus
 from sheepop.data.sampler import Sampler
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.evaluation.perplexity import Scores, bits_per_byte, evaluate_tokens, perplexity
-from sheepop.generation.generate import complete
+from sheepop.generation.completion import complete
 from sheepop.generation.sampling import SamplingSettings
 from sheepop.models.sizing import training_flops_per_token
 from sheepop.models.transformer import TransformerModel

@@ -1,0 +1,1 @@
+"""Text and tokens: documents → tokenizer → shards → windows. Nothing here knows the network."""

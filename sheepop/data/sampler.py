@@ -1,0 +1,84 @@
+"""Which windows make step n: a pure function of (seed, n), so that the position in the data is one integer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sheepop.utils.seeds import derive_seed
+
+FEISTEL_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Every window once an epoch, in an order of its own, whatever the number of processes.
+
+    Steps count from 0 over the whole run. The last step of an epoch takes what is left, so epochs do not overlap.
+    """
+
+    num_windows: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    seed: int
+
+    @property
+    def windows_per_step(self) -> int:
+        """Sequences of one full step."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that visit each window once."""
+        return -(-self.num_windows // self.windows_per_step)
+
+    def epoch_of(self, step: int) -> int:
+        """Return the epoch, counted from 0, that a step belongs to."""
+        return step // self.steps_per_epoch
+
+    def windows_of(self, step: int) -> NDArray[np.int64]:
+        """Return the indices of the windows of a step."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        first = step_in_epoch * self.windows_per_step
+        places = np.arange(first, min(first + self.windows_per_step, self.num_windows))
+        return permute(places, self.num_windows, seed=derive_seed(self.seed, "epoch", epoch))
+
+    def micro_batches(self, step: int, rank: int = 0, world_size: int = 1) -> list[NDArray[np.int64]]:
+        """Return this process's micro-batches of a step: every `world_size`-th of all, from the `rank`-th on."""
+        windows = self.windows_of(step)
+        batches = [windows[at : at + self.batch_size] for at in range(0, len(windows), self.batch_size)]
+        return batches[rank::world_size]
+
+
+def permute(indices: NDArray[Any], size: int, *, seed: int) -> NDArray[np.int64]:
+    """Map indices below `size` one-to-one onto indices below `size`, in an order that `seed` decides.
+
+    A Feistel network (Luby and Rackoff 1988) is a permutation of the numbers of an even number of bits, whatever its
+    round function; what falls outside `size` is mapped again until it falls inside (cycle walking: Black and
+    Rogaway 2002). So any place of the shuffle can be asked for at once, without memory for the others.
+    """
+    half_bits = max(1, -(-(size - 1).bit_length() // 2))
+    half = np.uint64(half_bits)
+    mask = np.uint64((1 << half_bits) - 1)
+    keys = [np.uint64(derive_seed(seed, "round", number)) for number in range(FEISTEL_ROUNDS)]
+
+    def network(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = values >> half, values & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        return (left << half) | right
+
+    values = network(np.asarray(indices, dtype=np.uint64))
+    outside = values >= size
+    while outside.any():
+        values[outside] = network(values[outside])
+        outside = values >= size
+    return values.astype(np.int64)
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Spread every bit over all others: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

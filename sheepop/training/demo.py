@@ -1,0 +1,76 @@
+"""The whole path in a few minutes: a corpus that is installed → a trained model → samples → a report."""
+
+from pathlib import Path
+
+from sheepop.data.corpora import clean_play, default_demo_corpus
+from sheepop.evaluation.perplexity import evaluate_checkpoint
+from sheepop.evaluation.report import write_report
+from sheepop.generation.completion import complete
+from sheepop.generation.sampling import SamplingSettings
+from sheepop.generation.terminal import load_model_and_tokenizer
+from sheepop.models.pretrained import resolve_checkpoint
+from sheepop.training.metrics import METRICS_FILE
+from sheepop.training.run import start_run
+from sheepop.utils.files import write_atomic
+from sheepop.utils.logging import log
+
+DEMO_SETTINGS: dict[str, object] = {}
+
+
+def run_demo(output: Path, *, minutes: float, device: str, data_dir: Path = Path("data")) -> Path:
+    """Train the demo's model for `minutes`, show what it writes, and return the run's folder.
+
+    A folder that already holds a run is left alone; the demo takes the next free name.
+    """
+    name, text = demo_text(data_dir)
+    run = free_name(output)
+    log(f"The demo trains a small model on {name} for {minutes:g} minutes. Samples show what it has learned so far.")
+    overrides: dict[str, object] = {
+        "data.path": str(text),
+        "data.data_dir": str(data_dir),
+        "training.save_dir": str(run),
+        "training.max_minutes": minutes,
+        "device": device,
+    }
+    start_run(None, preset="demo", overrides=overrides, resume=None)
+    checkpoint = resolve_checkpoint(run)
+    scores = evaluate_checkpoint(checkpoint, None, device=device)
+    report = write_report(run)
+    model, tokenizer = load_model_and_tokenizer(checkpoint, device)
+    settings = SamplingSettings(temperature=0.7, top_p=0.95)
+    generation = complete(model, tokenizer, "", settings, max_new_tokens=250, seed=0, num_samples=2)
+    for number, completion in enumerate(generation.completions, start=1):
+        print(f"--- sample {number} ---\n{completion.text.strip()}\n")
+    print(
+        f"On text it has never seen: loss {scores['loss']:.3f} nats per token, perplexity {scores['perplexity']:.1f}, "
+        f"{scores['bits_per_byte']:.3f} bits per byte; {scores['accuracy']:.0%} of the next tokens guessed right.\n"
+        f"Report with plots: {report}\n\n"
+        "Next:\n"
+        f'  sheepop generate --checkpoint {run} --prompt "ROMEO." --temperature 0.8\n'
+        f"  sheepop chat --checkpoint {run}\n"
+        f"  sheepop evaluate --checkpoint {run}\n"
+        "  sheepop train --data my_text.txt --output runs/mine --minutes 10"
+    )
+    return run
+
+
+def demo_text(data_dir: Path) -> tuple[str, Path]:
+    """Return the name of the demo's corpus and the folder with its text, written on the first call."""
+    name, files = default_demo_corpus()
+    if name != "plays":
+        return "the source of Python's standard library", files[0].parent
+    folder = data_dir / "plays"
+    for file in files:
+        target = folder / f"{file.stem}.txt"
+        if not target.exists():
+            write_atomic(target, clean_play(file.read_text(encoding="utf-8")))
+    return "Shakespeare's plays", folder
+
+
+def free_name(folder: Path) -> Path:
+    """Return `folder`, or `folder-2`, `folder-3`, … if it already holds a run."""
+    number, candidate = 1, folder
+    while (candidate / METRICS_FILE).exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate

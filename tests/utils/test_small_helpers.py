@@ -1,0 +1,63 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sheepop.utils.devices import available_devices, choose_precision, cpu_has_bf16, peak_flops, resolve_device
+from sheepop.utils.errors import ConfigError, did_you_mean
+from sheepop.utils.logging import format_count, format_duration
+from sheepop.utils.seeds import derive_seed
+
+CPU = torch.device("cpu")
+
+
+@given(st.lists(st.one_of(st.integers(), st.text()), min_size=1, max_size=4))
+def test_seeds_are_in_range_and_depend_on_every_part(parts):
+    seed = derive_seed(*parts)
+    assert 0 <= seed < 2**63
+    assert seed == derive_seed(*parts)
+    assert seed != derive_seed(*parts, 0)
+
+
+def test_seeds_never_change_between_versions():
+    assert derive_seed(42, "dropout", 7, 0) == 1241899568895607297
+
+
+def test_auto_is_the_first_device():
+    assert str(resolve_device("auto")) == available_devices()[0]
+    assert resolve_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", ""])
+def test_a_missing_device_is_an_error_that_says_what_is_there(name):
+    with pytest.raises(ConfigError, match="It has:.*cpu"):
+        resolve_device(name)
+
+
+def test_precision_on_a_cpu():
+    assert choose_precision(CPU, use_amp=False).name == "fp32"
+    assert choose_precision(CPU, use_amp=True).name == ("bf16" if cpu_has_bf16() else "fp32")
+    assert choose_precision(CPU, use_amp=True, asked="bf16").autocast_dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="fp16"):
+        choose_precision(CPU, use_amp=True, asked="fp16")
+
+
+def test_peak_is_a_plausible_number():
+    assert 1e8 < peak_flops(CPU) < 1e15
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0"), (950, "950"), (999.9, "1.00K"), (12345, "12.3K"), (4.56e6, "4.56M"), (1e9, "1.00B")]
+)
+def test_counts(number, text):
+    assert format_count(number) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(-1, "0s"), (42.4, "42s"), (185, "3m05s"), (7620, "2h07m")])
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_did_you_mean():
+    assert did_you_mean("hed_dim", ["head_dim", "d_ff"]) == " Did you mean 'head_dim'?"
+    assert did_you_mean("zzz", ["head_dim"]) == ""

@@ -131,10 +131,11 @@ def evaluate_tokens(
             is_scored = wanted != IGNORE_INDEX
             hidden, wanted = hidden[is_scored], wanted[is_scored]  # (N, D), (N,)
             rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-            for some_hidden, some_wanted in zip(hidden.split(rows), wanted.split(rows), strict=True):
-                logits = F.linear(some_hidden, model.head.weight).float()  # (n, V)
-                loss_sum += F.cross_entropy(logits, some_wanted, reduction="none").double().sum().item()
-                hits = logits.topk(min(5, logits.shape[-1])).indices == some_wanted[:, None]  # (n, 5), best first
+            for row in range(0, len(wanted), rows):
+                answers = wanted[row : row + rows]  # (n,)
+                logits = F.linear(hidden[row : row + rows], model.head.weight).float()  # (n, V)
+                loss_sum += F.cross_entropy(logits, answers, reduction="none").double().sum().item()
+                hits = logits.topk(min(5, logits.shape[-1])).indices == answers[:, None]  # (n, 5), best first
                 top1_hits += int(hits[:, 0].sum())
                 top5_hits += int(hits.sum())
             scored += len(wanted)
@@ -231,8 +232,8 @@ def _open_text(data: Path | None, split: str, tokenizer: Tokenizer, settings: Da
     corpus = open_corpus(data)
     if corpus.tokenizer().fingerprint != tokenizer.fingerprint:
         raise CheckpointError(
-            f"The corpus {data} was prepared with another tokenizer than that of the checkpoint {folder}, so its numbers "
-            f"mean other words. Prepare the text with `--tokenizer {folder / TOKENIZER_FILE}`, or give the text itself."
+            f"The corpus {data} was prepared with another tokenizer than that of the checkpoint {folder}, so its "
+            f"numbers mean other words. Prepare the text with `--tokenizer {folder / TOKENIZER_FILE}`, or give the text itself."
         )
     part = corpus.split(split)
     return _Text(part.tokens, part.num_bytes, part.num_words, split, data)

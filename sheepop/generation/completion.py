@@ -17,7 +17,7 @@ class Completion:
     """One text that the model wrote.
 
     Attributes:
-        text: without the prompt, cut before the first stop string.
+        text: without the prompt, cut where the first stop string begins.
         token_ids: all tokens that were drawn after the prompt, those that spell a stop string included.
         finish_reason: "stop" (end of text, or a stop string) or "length".
     """
@@ -59,7 +59,7 @@ def complete(
     """Let the model continue a text, as if the text began a document.
 
     Args:
-        stop: strings that end a sample; the text is cut before the first of them.
+        stop: strings that end a sample; the text is cut where the first of them begins.
         optimized: with a KV cache, or naively; the tokens are the same.
         on_text: called with the pieces of sample 0's text as they come; whole characters only, and never the
             beginning of a stop string. Together they are the sample's text.
@@ -135,13 +135,14 @@ class Transcript:
         return self.text
 
     def _append(self, piece: str) -> None:
-        """Add text, and cut it before the first stop string."""
+        """Add text, and cut it where the first stop string begins."""
         search_from = max(0, len(self.text) - self._longest_stop + 1)
         self.text += piece
-        found = [at for string in self._stop if (at := self.text.find(string, search_from)) >= 0]
+        found = [(at + len(string), at) for string in self._stop if (at := self.text.find(string, search_from)) >= 0]
         if found:
             self._is_stopped = True
-            self.text = self.text[: min(found)]
+            _, cut = min(found)  # the one that is complete first, whatever pieces the text comes in
+            self.text = self.text[:cut]
 
     def _undecided(self) -> int:
         """Return the length of the longest end of the text that may yet become a stop string."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sheepop.data.corpora import clean_play, default_demo_corpus
+from sheepop.data.corpora import installed_files, write_corpus
 from sheepop.evaluation.perplexity import evaluate_checkpoint
 from sheepop.evaluation.report import write_report
 from sheepop.generation.completion import complete
@@ -11,11 +11,8 @@ from sheepop.generation.terminal import load_model_and_tokenizer
 from sheepop.models.pretrained import resolve_checkpoint
 from sheepop.training.metrics import METRICS_FILE
 from sheepop.training.run import start_run
-from sheepop.utils.files import write_atomic
+from sheepop.utils.errors import DataError
 from sheepop.utils.logging import log
-
-DEMO_SETTINGS: dict[str, object] = {}
-
 
 def run_demo(output: Path, *, minutes: float, device: str, data_dir: Path = Path("data")) -> Path:
     """Train the demo's model for `minutes`, show what it writes, and return the run's folder.
@@ -56,15 +53,17 @@ def run_demo(output: Path, *, minutes: float, device: str, data_dir: Path = Path
 
 def demo_text(data_dir: Path) -> tuple[str, Path]:
     """Return the name of the demo's corpus and the folder with its text, written on the first call."""
-    name, files = default_demo_corpus()
-    if name != "plays":
-        return "the source of Python's standard library", files[0].parent
-    folder = data_dir / "plays"
-    for file in files:
-        target = folder / f"{file.stem}.txt"
-        if not target.exists():
-            write_atomic(target, clean_play(file.read_text(encoding="utf-8")))
-    return "Shakespeare's plays", folder
+    try:
+        installed_files("plays")
+    except DataError as error:
+        log(f"{error} The demo takes Python's own source instead.")
+        name, corpus = "the source of Python's standard library", "python"
+    else:
+        name, corpus = "Shakespeare's plays", "plays"
+    folder = data_dir / corpus
+    if not folder.is_dir():
+        write_corpus(corpus, folder)
+    return name, folder
 
 
 def free_name(folder: Path) -> Path:

@@ -18,6 +18,7 @@ from sheepop.training.distributed import World, join_world, wait_for_all
 from sheepop.training.metrics import METRICS_FILE
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.trainer import Run, train
+from sheepop.utils.allocator import keep_freed_memory
 from sheepop.utils.devices import choose_precision, resolve_device
 from sheepop.utils.errors import CheckpointError, ConfigError, DataError
 from sheepop.utils.files import write_json
@@ -79,6 +80,7 @@ def start_run(
     if not asked.data.path:
         raise ConfigError("There is no text to train on: name files, folders or a prepared folder with --data PATH.")
     device = resolve_device(asked.device)
+    keep_freed_memory()
     run_folder = Path(asked.training.save_dir)
     with join_world(device) as world:
         if world.is_main:

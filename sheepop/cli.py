@@ -37,7 +37,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print one JSON value to st
 class SettingsCommand(typer.core.TyperCommand):
     """A command that also takes every setting as `--section.key value`; its help lists them."""
 
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+    def format_epilog(self, _ctx: Any, formatter: Any) -> None:
         """List the settings after the options, from the same descriptions as `docs/settings.md`."""
         from sheepop.config import describe_settings
 
@@ -178,8 +178,8 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Let a model continue a text."""
-    from sheepop.generation.terminal import generate_text
     from sheepop.generation.sampling import SamplingSettings
+    from sheepop.generation.terminal import generate_text
 
     generate_text(
         checkpoint,

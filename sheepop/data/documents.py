@@ -12,6 +12,8 @@ from sheepop.utils.logging import warn
 
 BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 TEXT_FIELD = "text"
+# A folder with all of these is a prepared corpus: its files are made from text, and are not text to read.
+PREPARED_FILES = frozenset({"manifest.json", "tokenizer.json", "train.bin"})
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class Document:
 
 
 def list_files(sources: Sequence[Path]) -> list[Path]:
-    """Return the files that the sources name, folders searched recursively in sorted order.
+    """Return the files that the sources name, each once, folders searched recursively in sorted order.
 
-    Hidden files and folders are left out, and links to folders are not followed, so loops end.
+    Hidden files and folders and prepared corpora are left out, and links to folders are not followed, so loops end.
 
     Raises:
         DataError: a source does not exist, or there is no file in any of them.
@@ -34,17 +36,22 @@ def list_files(sources: Sequence[Path]) -> list[Path]:
     for source in sources:
         if source.is_dir():
             for folder, folders, names in os.walk(source):
+                if set(names) >= PREPARED_FILES:
+                    folders.clear()
+                    continue
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
                 found = (Path(folder) / name for name in sorted(names) if not name.startswith("."))
                 files.extend(path for path in found if path.is_file())
         elif source.is_file():
             files.append(source)
         else:
-            raise DataError(f"There is no file or folder {source}. Check the path; it is read as seen from {Path.cwd()}.")
+            raise DataError(
+                f"There is no file or folder {source}. Check the path; it is read as seen from {Path.cwd()}."
+            )
     if not files:
         named = ", ".join(map(str, sources)) or "nothing"
         raise DataError(f"There are no files in {named}. Name text files, or folders that hold some.")
-    return files
+    return list({path.resolve(): path for path in reversed(files)}.values())[::-1]
 
 
 def iter_documents(sources: Sequence[Path], *, separator: str | None) -> Iterator[Document]:
@@ -106,8 +113,8 @@ def read_text(path: Path) -> str:
         return raw.decode(encoding)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is not {encoding.upper()} text: the byte 0x{raw[error.start]:02x} at offset {error.start} does not "
-            f"fit. {advice}"
+            f"{path} is not {encoding.upper()} text: the byte 0x{raw[error.start]:02x} at offset {error.start} does "
+            f"not fit. {advice}"
         ) from None
 
 
@@ -116,13 +123,15 @@ def _texts_of_file(path: Path) -> list[str]:
     if path.suffix != ".jsonl":
         return [text]
     texts = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # a JSON string may hold the other line ends of Unicode
         if not line.strip():
             continue
         try:
-            texts.append(str(json.loads(line)[TEXT_FIELD]))
-        except (ValueError, KeyError, TypeError, RecursionError):
+            document = json.loads(line)[TEXT_FIELD]
+            document.encode("utf-8")  # an escape can name half of a surrogate pair, which is no character
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DataError(
-                f'{path} line {number} is not a JSON object with a field "{TEXT_FIELD}". Mend the line, or remove it.'
+                f'{path} line {number} is not a JSON object with a text in "{TEXT_FIELD}". Mend the line, or remove it.'
             ) from None
+        texts.append(document)
     return texts

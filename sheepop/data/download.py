@@ -122,9 +122,12 @@ def _fetch(repository: str, file: str) -> Path:
     except NoSpaceError:
         raise
     except Exception as problem:  # what the hub's client raises differs with its version and its HTTP library
-        reason = str(problem).strip().partition("\n")[0].rstrip(". ") or type(problem).__name__
+        cause: BaseException = problem
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).strip().partition("\n")[0].rstrip(". ") or type(cause).__name__
         raise DataError(
-            f"{file} of the data set {repository} could not be fetched from {ENDPOINT}: {reason}. Check the connection, "
+            f"{file} of the data set {repository} could not be fetched from {ENDPOINT}: {reason}. Check the connection "
             "or name another hub in the environment variable HF_ENDPOINT; the next try goes on where this one stopped."
         ) from problem
 

@@ -1,6 +1,7 @@
 """Documents → a prepared corpus: token shards, a tokenizer and a manifest, published whole or not at all."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from sheepop.data.dataset import Tokens, num_windows, open_tokens
 from sheepop.data.documents import Document, iter_documents, list_files
 from sheepop.data.tokenizer import KINDS, TOKENIZER_FILE, Tokenizer
-from sheepop.utils.errors import ConfigError, DataError
+from sheepop.utils.errors import ConfigError, DataError, did_you_mean
 from sheepop.utils.files import atomic_folder, read_json, sha256_of_file, to_json, write_json
 from sheepop.utils.logging import format_count, log
 from sheepop.utils.seeds import derive_seed
@@ -121,9 +122,11 @@ def open_corpus(path: Path) -> Corpus:
             expected = split.num_tokens * np.dtype(split.dtype).itemsize
             found = split.path.stat().st_size if split.path.is_file() else 0
             if found != expected:
-                raise DataError(f"{split.path} has {found} bytes instead of {expected}: it is damaged. Prepare it again.")
+                raise DataError(f"{split.path} has {found} bytes instead of {expected}: it is damaged. Prepare again.")
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path / MANIFEST_FILE} is not a corpus manifest ({error!r}). Prepare the text again.") from None
+        raise DataError(
+            f"{path / MANIFEST_FILE} is not a corpus manifest ({error!r}). Prepare the text again."
+        ) from None
     return corpus
 
 
@@ -152,6 +155,7 @@ def prepare_corpus(
         val_fraction: share of the bytes to hold out.
         seed: of the split.
         separator: text that ends a document inside a file, or None.
+        overwrite: replace a prepared folder.
 
     Raises:
         DataError: there is no text, or too little.
@@ -159,6 +163,14 @@ def prepare_corpus(
     """
     if not 0 < val_fraction < 1:
         raise ConfigError(f"The validation share is {val_fraction}, but must lie between 0 and 1, for instance 0.1.")
+    for source in sources:
+        if is_prepared(source):
+            raise ConfigError(f"{source} is prepared already; train on it as it is, or name the text it was made from.")
+    if tokenizer not in KINDS and not Path(tokenizer).exists():
+        raise ConfigError(
+            f"There is no tokenizer '{tokenizer}', neither a kind nor a path.{did_you_mean(tokenizer, KINDS)} "
+            f"Choose {', '.join(KINDS)}, or the path of a {TOKENIZER_FILE}."
+        )
     _check_output(output, overwrite=overwrite)
     sides = split_documents(iter_documents(sources, separator=separator), val_fraction=val_fraction, seed=seed)
 
@@ -316,7 +328,10 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
         if not is_prepared(output):
             raise ConfigError(f"The folder {output} holds other files. Choose a folder that does not exist yet.")
         if not overwrite:
-            raise ConfigError(f"{output} is a prepared folder already. Replace it with --overwrite, or choose another one.")
+            raise ConfigError(f"{output} is a prepared folder already. Replace it with --overwrite, or choose another.")
+    ground = next(folder for folder in output.resolve().parents if folder.exists())
+    if not ground.is_dir() or not os.access(ground, os.W_OK):
+        raise ConfigError(f"The output {output} cannot be made: {ground} is no folder that you may write to.")
 
 
 def _digest(text: str) -> bytes:
@@ -328,6 +343,7 @@ def _tell(corpus: Corpus, *, how: str) -> None:
     tokens, num_bytes = train.num_tokens + val.num_tokens, train.num_bytes + val.num_bytes
     log(
         f"prepared {train.num_documents + val.num_documents} document(s), {format_count(num_bytes)} bytes, as "
-        f"{format_count(tokens)} tokens ({num_bytes / tokens:.2f} bytes a token, {corpus.manifest['vocab_size']} entries): "
+        f"{format_count(tokens)} tokens ({num_bytes / tokens:.2f} bytes a token, {corpus.manifest['vocab_size']} "
+        f"entries): "
         f"{format_count(train.num_tokens)} to train on, {format_count(val.num_tokens)} to validate ({how})"
     )

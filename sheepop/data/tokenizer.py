@@ -51,9 +51,10 @@ class Tokenizer:
         self._layout = json.loads(backend.to_str())
         end = next((name for name in KNOWN_END_TOKENS if backend.token_to_id(name) is not None), None)
         if end is None:
-            raise DataError(f"The tokenizer has no token that ends a text; it needs one of {', '.join(KNOWN_END_TOKENS)}.")
-        self.end_of_text_id: int = backend.token_to_id(end)
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+            raise DataError(f"The tokenizer has no token that ends a text, none of {', '.join(KNOWN_END_TOKENS)}.")
+        vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        self.end_of_text_id: int = vocabulary[end]
+        self.vocab_size: int = max(vocabulary.values()) + 1  # imported numbers may have gaps
 
     @property
     def kind(self) -> Kind:
@@ -199,7 +200,8 @@ class Tokenizer:
         ids: NDArray[np.int64] = self._character_table[code_points]
         unknown = np.flatnonzero(ids < 0)
         if not len(unknown):
-            return ids.tolist()  # type: ignore[no-any-return]
+            known: list[int] = ids.tolist()
+            return known
         pieces: list[int] = []
         begin = 0
         vocabulary = self._layout["model"]["vocab"]
@@ -207,7 +209,8 @@ class Tokenizer:
             pieces += ids[begin:at].tolist()
             pieces += [vocabulary[_byte_name(byte)] for byte in chr(code_points[at]).encode("utf-8")]
             begin = at + 1
-        return pieces + ids[begin:].tolist()
+        pieces += ids[begin:].tolist()
+        return pieces
 
 
 class StreamDecoder:
@@ -217,26 +220,31 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._table = tokenizer.token_bytes
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        # For tokenizers without a byte table: the tokens since the last clean cut, and how much of them was returned.
-        self._tokens: list[int] = []
-        self._returned = 0
+        # For tokenizers without a byte table: the last tokens whose text was returned, and the ones after them. The
+        # first are decoded along, because the text of a token may depend on whether it is the first.
+        self._context: list[int] = []
+        self._waiting: list[int] = []
 
     def push(self, token_id: int) -> str:
         """Return the text that is complete now."""
         if self._table is not None:
             return self._bytes.decode(self._table[token_id])
-        self._tokens.append(token_id)
-        text = self._tokenizer.decode(self._tokens)
-        if text.endswith(REPLACEMENT):
+        self._waiting.append(token_id)
+        text = self._text_of_waiting()
+        if not text or text.endswith(REPLACEMENT):
             return ""
-        new, self._returned = text[self._returned :], len(text)
-        return new
+        self._context, self._waiting = self._waiting, []
+        return text
 
     def flush(self) -> str:
         """Return what is left at the end; bytes that never became a character give U+FFFD."""
         if self._table is not None:
             return self._bytes.decode(b"", final=True)
-        return self._tokenizer.decode(self._tokens)[self._returned :]
+        return self._text_of_waiting()
+
+    def _text_of_waiting(self) -> str:
+        decode = self._tokenizer.decode
+        return decode(self._context + self._waiting)[len(decode(self._context)) :]
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:

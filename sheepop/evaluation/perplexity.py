@@ -56,7 +56,8 @@ def bits_per_byte(loss: float, *, tokens: int, num_bytes: int) -> float:
 
     Args:
         loss: nats per token.
-        tokens, num_bytes: of the same text; where a part was scored, those of the whole serve as their ratio.
+        tokens: of the text; where only a part was scored, those of the whole.
+        num_bytes: of the same text.
     """
     return loss / math.log(2) * tokens / num_bytes if num_bytes else math.inf
 
@@ -66,7 +67,8 @@ def word_perplexity(loss: float, *, tokens: int, words: int) -> float:
 
     Args:
         loss: nats per token.
-        tokens, words: of the same text, as in `bits_per_byte`.
+        tokens: of the text, as in `bits_per_byte`.
+        words: of the same text.
     """
     return perplexity(loss * tokens / words) if words else math.inf
 
@@ -94,7 +96,8 @@ def evaluate_tokens(
             least context - stride tokens before it, where the text has them, at context / stride times the cost.
         batch_size: windows of one forward pass; it does not change the result beyond rounding.
         max_tokens: score about so many targets, in windows spread evenly over the text; None scores all.
-        document_mask: tokens see only their own document, which begins at `end_of_text_id`.
+        document_mask: tokens see only their own document.
+        end_of_text_id: the token that begins a document; needed for `document_mask`.
         autocast_dtype: lower precision of the forward pass; loss and sums are in fp32 and fp64 in any case.
 
     Raises:
@@ -157,7 +160,10 @@ def evaluate_checkpoint(
         checkpoint: what `resolve_checkpoint` takes.
         data: a prepared folder, whose `split` is scored; or text files or a folder of them, scored whole; None is
             the prepared corpus that the checkpoint was trained on.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         stride: as in `evaluate_tokens`, over windows as long as in training.
+        batch_size: windows of one forward pass.
+        split: of a prepared folder.
 
     Returns:
         `loss, perplexity, word_perplexity, bits_per_byte, accuracy, top5_accuracy, tokens, bytes, words, context,
@@ -233,7 +239,8 @@ def _open_text(data: Path | None, split: str, tokenizer: Tokenizer, settings: Da
     if corpus.tokenizer().fingerprint != tokenizer.fingerprint:
         raise CheckpointError(
             f"The corpus {data} was prepared with another tokenizer than that of the checkpoint {folder}, so its "
-            f"numbers mean other words. Prepare the text with `--tokenizer {folder / TOKENIZER_FILE}`, or give the text itself."
+            f"numbers mean other words. Prepare the text with `--tokenizer {folder / TOKENIZER_FILE}`, or give the "
+            "text itself."
         )
     part = corpus.split(split)
     return _Text(part.tokens, part.num_bytes, part.num_words, split, data)

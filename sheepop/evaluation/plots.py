@@ -118,9 +118,9 @@ def render(name: str, record: RunRecord, theme: Theme) -> bytes:
     if not axes.lines:
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "nothing recorded yet", transform=axes.transAxes, ha="center", color=theme.muted)
-    canvas = FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)
     buffer = io.BytesIO()
-    canvas.print_png(buffer)
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 

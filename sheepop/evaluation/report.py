@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheepop.config import Config, describe_settings, parse_config
+from sheepop.config import Config, describe_settings, load_config, parse_config
 from sheepop.evaluation.plots import (
     CONFIG_FILE,
     DARK,
@@ -114,7 +114,7 @@ def evenly_spread(items: Sequence[Any], count: int) -> list[Any]:
 
 def resolved_settings(config: Config) -> list[Setting]:
     """Return every setting with its value, and whether a run that sets nothing would have the same."""
-    values, defaults = config.model_dump(mode="json"), Config().model_dump(mode="json")
+    values, defaults = config.model_dump(mode="json"), load_config().model_dump(mode="json")
     table = []
     for name, _, _, description in describe_settings():
         section, _, key = name.rpartition(".")

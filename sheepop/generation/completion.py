@@ -59,6 +59,13 @@ def complete(
     """Let the model continue a text, as if the text began a document.
 
     Args:
+        model: as in `generate_naive`.
+        tokenizer: the model's own.
+        prompt: the text to continue; empty begins a document.
+        settings: how tokens are drawn.
+        max_new_tokens: the longest that a completion gets.
+        seed: the same seed draws the same texts.
+        num_samples: how many completions.
         stop: strings that end a sample; the text is cut where the first of them begins.
         optimized: with a KV cache, or naively; the tokens are the same.
         on_text: called with the pieces of sample 0's text as they come; whole characters only, and never the

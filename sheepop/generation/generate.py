@@ -53,7 +53,11 @@ def generate_naive(
     """Continue a prompt `num_samples` times, one sample after the other, recomputing the context for each token.
 
     Args:
+        model: in any mode; it is used in evaluation mode and given back as it was.
         prompt_ids: what the samples continue; empty stands for `[end_of_text_id]`, the beginning of a document.
+        settings: how tokens are drawn.
+        max_new_tokens: the longest that a sample gets.
+        num_samples: how many continuations.
         seed: sample i draws from its own stream, derived from the seed and i, however many samples there are.
         end_of_text_id: ends a sample and is not part of it; None never ends one.
         on_token: called with (sample, token_id) for each token; returning True ends the sample.

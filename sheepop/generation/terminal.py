@@ -96,7 +96,8 @@ def load_model_and_tokenizer(checkpoint: Path, device: str) -> tuple[Transformer
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             f"The tokenizer in {folder} has {tokenizer.vocab_size} entries, but the model knows only "
-            f"{model.config.vocab_size}: they do not belong together. Use the tokenizer.json that the model was trained with."
+            f"{model.config.vocab_size}: they do not belong together. Use the tokenizer.json that the model was "
+            "trained with."
         )
     return model, tokenizer
 

@@ -156,6 +156,8 @@ def resolve_resume(path: Path) -> Path:
     pointer = path / LATEST_POINTER
     if pointer.is_file():
         return resolve_checkpoint(path / str(read_json(pointer, CheckpointError).get("checkpoint")))
+    if (path / STATE_FILE).parent.is_dir():  # a checkpoint, even if it turns out to be damaged
+        return path
     return resolve_checkpoint(path)
 
 
@@ -182,15 +184,11 @@ def restore(checkpoint: Path, model: TransformerModel, optimizer: torch.optim.Op
     load_weights(model, checkpoint)
     tensors = read_tensors(checkpoint / OPTIMIZER_FILE)
     for name, parameter in model.named_parameters():
-        state = {
-            key.rpartition("/")[2]: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] == name
-        }
+        state = {key.rpartition("/")[2]: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] == name}
         if tensors and not state:
             raise CheckpointError(f"{checkpoint / OPTIMIZER_FILE} holds nothing for the weight '{name}'.")
         # AdamW's step counters stay on the CPU unless fused on a GPU; they are copied wherever the weights are.
         optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in state.items()}
-
-
 
 
 def _optimizer_tensors(model: TransformerModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -208,8 +206,10 @@ def _number(folder: Path) -> int:
 
 
 def _step_of(folder: Path) -> tuple[int, int]:
-    """Sort key: the step in the manifest; folders without a readable one come last, by number."""
-    try:
-        return int(read_json(folder / MANIFEST_FILE, CheckpointError)["step"]), _number(folder)
-    except (CheckpointError, KeyError, TypeError, ValueError):
-        return -1, _number(folder)
+    """Sort key: the step in the manifest, else in the state; folders without a readable one come last, by number."""
+    for name in (MANIFEST_FILE, STATE_FILE):
+        try:
+            return int(read_json(folder / name, CheckpointError)["step"]), _number(folder)
+        except (CheckpointError, KeyError, TypeError, ValueError):
+            continue
+    return -1, _number(folder)

@@ -14,6 +14,7 @@ from sheepop.training.run import start_run
 from sheepop.utils.errors import DataError
 from sheepop.utils.logging import log
 
+
 def run_demo(output: Path, *, minutes: float, device: str, data_dir: Path = Path("data")) -> Path:
     """Train the demo's model for `minutes`, show what it writes, and return the run's folder.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among its peers."""
+    """The place of a process among its peers."""
 
     rank: int = 0
     size: int = 1
@@ -59,7 +59,7 @@ def sum_gradients(model: nn.Module, world: World) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     packed = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(packed)
-    for gradient, piece in zip(gradients, packed.split([g.numel() for g in gradients]), strict=True):
+    for gradient, piece in zip(gradients, torch.split(packed, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(piece.view_as(gradient))
 
 

@@ -16,6 +16,4 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         logits: (B, T, V), any floating type; summed in fp32.
         targets: (B, T) integers.
     """
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")

@@ -78,13 +78,14 @@ def keep_lines_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    # As bytes: a kill may have cut a character in two, and str.splitlines also splits at line ends that samples hold.
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    write_atomic(path, "".join(kept))
+    write_atomic(path, b"".join(kept))
 
 
 def _append(path: Path, value: dict[str, object]) -> None:
@@ -105,4 +106,4 @@ def _open_tensorboard(folder: Path, step: int) -> Any:
             "training.tensorboard needs the package tensorboard: pip install 'sheepop[tensorboard]', "
             "or leave it off; metrics.jsonl and the plots are written either way."
         ) from None
-    return SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -114,7 +114,8 @@ def claim_folder(folder: Path, *, resuming: bool) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"The output folder {folder} cannot be written to ({os.strerror(error.errno or 0)}). Choose another one with "
+            f"The output folder {folder} cannot be written to ({os.strerror(error.errno or 0)}). Choose another one "
+            "with "
             "--output."
         ) from None
     sweep_leftovers(folder)
@@ -142,7 +143,11 @@ def open_text(config: Config, world: World) -> Corpus:
 
 
 def set_up(config: Config, corpus: Corpus, *, device: torch.device, world: World) -> Run:
-    """Build the model and all that trains it, at step 0."""
+    """Build the model and all that trains it, at step 0.
+
+    Raises:
+        DataError: the text does not fill one context.
+    """
     tokenizer = corpus.tokenizer()
     if config.model.vocab_size != tokenizer.vocab_size:
         log(
@@ -155,9 +160,15 @@ def set_up(config: Config, corpus: Corpus, *, device: torch.device, world: World
             "data": config.data.model_copy(update={"path": str(corpus.path.resolve())}),
         }
     )
-    training = config.training
+    training, text = config.training, corpus.split("train")
+    if text.num_tokens <= config.data.max_length:
+        raise DataError(
+            f"The text to train on in {corpus.path} has only {text.num_tokens} tokens, shorter than the context of "
+            f"{config.data.max_length} and the one to predict. Lower data.max_length (or model.max_seq_len), or add "
+            "text."
+        )
     sampler = Sampler(
-        num_windows=corpus.split("train").num_windows(config.data.max_length, config.data.stride),
+        num_windows=text.num_windows(config.data.max_length, config.data.stride),
         batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         seed=config.seed,
@@ -192,8 +203,10 @@ def resume_from(run: Run, checkpoint: Path, *, accept_changes: bool) -> None:
     saved_tokenizer = Tokenizer.load(checkpoint)
     if saved_tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise CheckpointError(
-            f"The vocabulary of {run.corpus.path} ({run.tokenizer.vocab_size} entries) is not the one that {checkpoint} "
-            f"was trained with ({saved_tokenizer.vocab_size} entries), so its numbers would mean other words. Prepare the "
+            f"The vocabulary of {run.corpus.path} ({run.tokenizer.vocab_size} entries) is not the one that "
+            f"{checkpoint} "
+            f"was trained with ({saved_tokenizer.vocab_size} entries), so its numbers would mean other words. Prepare "
+            "the "
             f"text with `--tokenizer {checkpoint / 'tokenizer.json'}`, or start a new run."
         )
     model_changes = [change for change in changes if change.startswith("model.")]
@@ -205,14 +218,17 @@ def resume_from(run: Run, checkpoint: Path, *, accept_changes: bool) -> None:
     state = read_state(checkpoint)
     if state.data_fingerprint != run.state.data_fingerprint and not accept_changes:
         raise DataError(
-            f"The text in {run.corpus.path} is not the text that {checkpoint} was trained on (its fingerprint differs), so "
-            "going on would not continue the same run. Use the same text, or say --accept-changes to go on all the same."
+            f"The text in {run.corpus.path} is not the text that {checkpoint} was trained on (its fingerprint "
+            "differs), so "
+            "going on would not continue the same run. Use the same text, or say --accept-changes to go on all the "
+            "same."
         )
     length_changes = [change for change in changes if change.split(":")[0].removeprefix("training.") in LENGTH_KEYS]
     other_changes = [change for change in changes if change not in length_changes]
     if other_changes and not accept_changes:
         raise ConfigError(
-            f"These settings differ from those of {checkpoint}: {'; '.join(other_changes)}. The result would not be the one "
+            f"These settings differ from those of {checkpoint}: {'; '.join(other_changes)}. The result would not be "
+            "the one "
             "of an undisturbed run. Set them back, or say --accept-changes to go on with the new ones."
         )
     if length_changes:
@@ -255,15 +271,10 @@ def describe(run: Run) -> None:
     )
     log(
         f"training: {tokens_per_step} tokens a step, {run.sampler.steps_per_epoch} steps an epoch, in "
-        f"{run.precision.name} on {run.model.device} with {torch.get_num_threads()} threads and {run.world.size} process(es)"
+        f"{run.precision.name} on {run.model.device} with {torch.get_num_threads()} threads and {run.world.size} "
+        "process(es)"
     )
     log(f"settings: {run.folder / 'config.json'}")
-    total = run.state.total_steps
-    if total and training.warmup_steps >= total:
-        warn(
-            f"warm-up ({training.warmup_steps} steps) is as long as the whole run ({total} steps), so the learning rate "
-            "never comes down; lower training.warmup_steps"
-        )
     shares = training.gradient_accumulation_steps
     if shares % run.world.size:
         warn(

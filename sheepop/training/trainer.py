@@ -31,14 +31,19 @@ from sheepop.training.checkpoint import (
     save_checkpoint,
 )
 from sheepop.training.distributed import World, agree_on_any, wait_for_all
-from sheepop.training.length import measure_seconds_per_step, steps_in_minutes, total_steps_without_clock
+from sheepop.training.length import (
+    MEASURED_SHARE,
+    measure_seconds_per_step,
+    steps_in_minutes,
+    total_steps_without_clock,
+)
 from sheepop.training.metrics import RunLog
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.schedule import learning_rate_at
 from sheepop.training.step import MicroBatch, StepResult, train_step
 from sheepop.utils.devices import Precision, peak_flops
 from sheepop.utils.errors import Interrupted, NonFiniteError
-from sheepop.utils.logging import format_duration
+from sheepop.utils.logging import format_duration, warn
 
 # fp16 overflows now and then by design: the loss scale halves until it fits. This many in a row is no accident.
 MAX_OVERFLOWS_IN_A_ROW = 20
@@ -82,6 +87,11 @@ def train(run: Run) -> None:
     peak = peak_flops(model.device) * run.world.size
 
     run_log = RunLog(run.folder, step=state.step, tensorboard=training.tensorboard) if run.world.is_main else None
+    if run_log and training.warmup_steps >= total_steps:
+        warn(
+            f"warm-up ({training.warmup_steps} steps) is as long as the whole run ({total_steps} steps), so the "
+            "learning rate never comes down; lower training.warmup_steps"
+        )
     elapsed_before, started = state.elapsed_seconds, time.perf_counter()
     interval_tokens, interval_seconds = 0, 0.0
     overflows = 0
@@ -232,7 +242,9 @@ def decide_length(run: Run) -> int:
             world=World(run.world.rank, 1),
         )
 
-    seconds_per_step = measure_seconds_per_step(run.model, one_step, first_step=run.state.step)
+    seconds_per_step = measure_seconds_per_step(
+        run.model, one_step, first_step=run.state.step, seconds=MEASURED_SHARE * 60 * training.max_minutes
+    )
     spent = (time.perf_counter() - started) / 60
     steps = steps_in_minutes(
         training.max_minutes - spent,
@@ -327,9 +339,12 @@ def stop_on_bad_numbers(run: Run, result: StepResult) -> None:
     """Save the state before the bad step, which changed nothing, and end the run."""
     save(run, is_best=False)
     raise NonFiniteError(
-        f"At step {run.state.step + 1} the loss was {result.loss} and the gradient norm {result.grad_norm}, so the step "
-        f"was not made and training stopped. The last good state is saved in {run.folder}. Usually the learning rate is "
-        f"too high ({run.config.training.learning_rate}): try a third of it, a longer warm-up, or precision fp32, and go "
+        f"At step {run.state.step + 1} the loss was {result.loss} and the gradient norm {result.grad_norm}, so the "
+        "step "
+        f"was not made and training stopped. The last good state is saved in {run.folder}. Usually the learning rate "
+        "is "
+        f"too high ({run.config.training.learning_rate}): try a third of it, a longer warm-up, or precision fp32, and "
+        "go "
         "on with --resume auto --accept-changes."
     )
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -37,7 +38,7 @@ WIKI_ARTICLES = ["= First = \n\n Text of it . \n = = Part = = \n More . ", "= Se
 class Hub(BaseHTTPRequestHandler):
     """Answers as the hub does for the files of its class attribute."""
 
-    files: dict[str, bytes] = {}
+    files: ClassVar[dict[str, bytes]] = {}
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
@@ -105,16 +106,17 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
-def run_download(folder: Path, endpoint: str, *words: str) -> subprocess.CompletedProcess[str]:
+def run_download(folder: Path, endpoint: str, *words: str, offline: bool = False) -> subprocess.CompletedProcess[str]:
     # A process of its own: the hub's client reads its environment when it is imported.
     environment = {
         **os.environ,
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(folder / "hub_cache"),
         "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": str(int(offline)),
         "PYTHONPATH": str(PROJECT),
     }
-    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+    for name in ("HF_HUB_CACHE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         environment.pop(name, None)
     code = (
         "import sys; from pathlib import Path; from sheepop.data.download import download\n"
@@ -166,7 +168,8 @@ def test_what_is_there_is_not_fetched_again(tmp_path: Path, hub: str) -> None:
 
 
 def test_a_hub_that_cannot_be_reached_is_a_paragraph_and_leaves_nothing(tmp_path: Path) -> None:
-    result = run_download(tmp_path, "http://127.0.0.1:9", "wiki")
+    # Offline mode fails at once, where a refused connection is tried again for half a minute.
+    result = run_download(tmp_path, "http://127.0.0.1:9", "wiki", offline=True)
     assert result.returncode == 3
     assert "HF_ENDPOINT" in result.stderr
     assert "Traceback" not in result.stderr
@@ -184,7 +187,7 @@ def test_a_file_that_the_hub_does_not_have_is_a_paragraph(tmp_path: Path, hub: s
 def test_unknown_names_and_versions_are_told_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Did you mean 'wiki'"):
         download("wikki", data_dir=tmp_path)
-    with pytest.raises(ConfigError, match="no version '3'.*2, 103"):
+    with pytest.raises(ConfigError, match=r"no version '3'.*2, 103"):
         download("wiki", version="3", data_dir=tmp_path)
     with pytest.raises(ConfigError, match="max-bytes"):
         download("wiki", data_dir=tmp_path, max_bytes=0)

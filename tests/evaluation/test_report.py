@@ -124,7 +124,6 @@ def test_settings_are_listed_and_changed_ones_marked() -> None:
     assert table["training.tensorboard"].value == "true"
     assert table["training.max_steps"].value == "null"
     assert {name for name, setting in table.items() if not setting.is_default} == {
-        "preset",
         "model.dropout",
         "data.path",
         "training.tensorboard",

@@ -30,7 +30,7 @@ def test_auto_is_the_first_device():
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99", ""])
 def test_a_missing_device_is_an_error_that_says_what_is_there(name):
-    with pytest.raises(ConfigError, match="It has:.*cpu"):
+    with pytest.raises(ConfigError, match=r"It has:.*cpu"):
         resolve_device(name)
 
 

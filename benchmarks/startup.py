@@ -1,0 +1,45 @@
+"""How long until something is seen: `--help`, and the first token of `generate` over what `import torch` takes.
+
+python benchmarks/startup.py --checkpoint runs/demo
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+
+from common import alternate, median, show
+
+
+def seconds(command: list[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    program = [sys.executable, "-m", "sheepop"]
+    one_token = ["generate", "--checkpoint", options.checkpoint, "--prompt", "ROMEO:", "--max-new-tokens", "1"]
+    results = alternate(
+        {
+            "--help": lambda: seconds([*program, "--help"]),
+            "import torch": lambda: seconds([sys.executable, "-c", "import torch"]),
+            "generate, first token": lambda: seconds([*program, *one_token]),
+        },
+        options.rounds,
+    )
+    medians = {name: median(values) for name, values in results.items()}
+    rows: list[dict[str, object]] = [
+        {"what": name, "median s": value, "min s": min(results[name])} for name, value in medians.items()
+    ]
+    over = medians["generate, first token"] - medians["import torch"]
+    rows.append({"what": "first token over import torch", "median s": over, "min s": ""})
+    show("start-up, whole processes", rows)
+
+
+if __name__ == "__main__":
+    main()

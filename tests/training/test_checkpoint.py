@@ -1,0 +1,229 @@
+import errno
+import json
+import os
+import pickletools
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sheepop.models.pretrained import read_tensors, verify_manifest
+from sheepop.models.transformer import TransformerModel
+from sheepop.training.checkpoint import (
+    checkpoint_name,
+    find_resume,
+    mark_best,
+    prune_step_checkpoints,
+    read_state,
+    restore,
+    sweep_leftovers,
+)
+from sheepop.training.optimizer import make_optimizer
+from sheepop.utils.errors import CheckpointError, NoSpaceError
+from sheepop.utils.files import sha256_of_file
+
+FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "training_state/optimizer.safetensors",
+    "training_state/state.json",
+)
+MANIFEST = "manifest.json"
+
+
+def damage(file: Path, how: str) -> None:
+    content = bytearray(file.read_bytes())
+    match how:
+        case "flip":
+            content[len(content) // 2] ^= 0x10
+            file.write_bytes(content)
+        case "truncate":
+            file.write_bytes(content[: len(content) // 2])
+        case "delete":
+            file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [(0, "checkpoint_step_0"), (4, "checkpoint_step_4"), (7, "checkpoint_epoch_1"), (14, "checkpoint_epoch_2")],
+)
+def test_a_checkpoint_is_named_by_its_epoch_where_one_ends(step, name):
+    assert checkpoint_name(step, steps_per_epoch=7) == name
+
+
+def test_it_gives_back_weights_moments_and_state(tmp_path, save_step, tiny_config):
+    checkpoint = save_step(tmp_path, 5)
+    config = tiny_config()
+    model = TransformerModel(config.model)
+    optimizer = make_optimizer(model, config.training)
+    restore(checkpoint, model, optimizer)
+    weights = read_tensors(checkpoint / "model.safetensors")
+    moments = read_tensors(checkpoint / "training_state/optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        assert parameter.equal(weights[name])
+        assert set(optimizer.state[parameter]) == {"step", "exp_avg", "exp_avg_sq"}
+        for key, tensor in optimizer.state[parameter].items():
+            assert tensor.equal(moments[f"{name}/{key}"])
+        assert torch.count_nonzero(optimizer.state[parameter]["exp_avg"])
+    state = read_state(checkpoint)
+    assert (state.step, state.tokens, state.total_steps, state.data_fingerprint) == (5, 45, 50, "f")
+
+
+def test_every_file_is_in_the_manifest_and_nothing_is_pickled(tmp_path, save_step):
+    checkpoint = save_step(tmp_path, 5)
+    listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    present = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert present == {*listed, MANIFEST} == {*FILES, MANIFEST}
+    for name, entry in listed.items():
+        assert entry == {"bytes": (checkpoint / name).stat().st_size, "sha256": sha256_of_file(checkpoint / name)}
+        content = (checkpoint / name).read_bytes()
+        assert not content.startswith(b"PK")  # PyTorch's own files are zip archives of pickles
+        with pytest.raises(ValueError):  # noqa: PT011 - pickletools has no error of its own
+            list(pickletools.genops(content))
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_damage_to_any_file_is_found_and_named(tmp_path, save_step, name, how):
+    checkpoint = save_step(tmp_path, 5)
+    damage(checkpoint / name, how)
+    with pytest.raises(CheckpointError) as caught:
+        find_resume(tmp_path, str(checkpoint))
+    assert str(checkpoint) in str(caught.value)
+    if (name, how) != (MANIFEST, "flip"):  # a sum that was changed accuses its file
+        assert Path(name).name in str(caught.value)
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_single_changed_bit_is_found(tmp_path_factory, save_step, data):
+    checkpoint = save_step(tmp_path_factory.mktemp("run"), 5)
+    file = checkpoint / data.draw(st.sampled_from(FILES))
+    content = bytearray(file.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=file.name):
+        verify_manifest(checkpoint)
+
+
+def test_auto_takes_the_newest_whole_one_and_says_what_it_skipped(tmp_path, save_step, capsys):
+    for step in (9, 10, 11, 100):  # in order of number, not of spelling
+        save_step(tmp_path, step)
+    damage(tmp_path / "checkpoint_step_100/model.safetensors", "truncate")
+    damage(tmp_path / "checkpoint_step_11/manifest.json", "delete")
+    assert find_resume(tmp_path, "auto") == tmp_path / "checkpoint_step_10"
+    said = capsys.readouterr().err
+    assert "checkpoint_step_100 is damaged: model.safetensors has" in said
+    assert "checkpoint_step_11 has no manifest.json" in said
+
+
+def test_auto_compares_steps_and_not_names(tmp_path, save_step):
+    save_step(tmp_path, 21, "checkpoint_epoch_3")
+    save_step(tmp_path, 20)
+    assert find_resume(tmp_path, "auto") == tmp_path / "checkpoint_epoch_3"
+
+
+def test_auto_with_nothing_to_resume_and_with_damaged_ones_only(tmp_path, save_step):
+    assert find_resume(tmp_path, "auto") is None
+    assert find_resume(tmp_path / "missing", "auto") is None
+    damage(save_step(tmp_path, 3) / "config.json", "flip")
+    with pytest.raises(CheckpointError, match=r"config\.json was changed"):
+        find_resume(tmp_path, "auto")
+
+
+def test_a_run_folder_means_its_latest_checkpoint(tmp_path, save_step):
+    for step in (3, 8):
+        save_step(tmp_path, step)
+    mark_best(tmp_path, "checkpoint_step_3", step=3, loss=1.0)
+    assert find_resume(Path("elsewhere"), str(tmp_path)) == tmp_path / "checkpoint_step_8"
+
+
+def test_pruning_keeps_the_last_ones_the_epochs_the_best_and_the_latest(tmp_path, save_step):
+    save_step(tmp_path, 7, "checkpoint_epoch_1")
+    for step in (2, 4, 9, 10, 12):
+        save_step(tmp_path, step)
+    save_step(tmp_path, 1)  # the latest to be written
+    mark_best(tmp_path, "checkpoint_step_4", step=4, loss=1.0)
+    prune_step_checkpoints(tmp_path, keep_last=2)
+    left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert left == {
+        "checkpoint_epoch_1",
+        "checkpoint_step_1",
+        "checkpoint_step_4",
+        "checkpoint_step_10",
+        "checkpoint_step_12",
+    }
+
+
+def count_calls(monkeypatch, name, action):
+    """Call `action(n)` before the n-th call of `os.<name>`, counted over all names given to one `action`."""
+    real = getattr(os, name)
+
+    def wrapper(*arguments, **named):
+        action()
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(os, name, wrapper)
+
+
+def test_a_full_disk_at_any_moment_leaves_the_old_checkpoint(tmp_path, save_step, monkeypatch):
+    old = save_step(tmp_path, 3)
+    pointer = (tmp_path / "latest.json").read_bytes()
+    for moment in range(100):
+        calls_left = moment
+
+        def fill_up():
+            nonlocal calls_left
+            calls_left -= 1
+            if calls_left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            count_calls(patch, "fsync", fill_up)
+            try:
+                save_step(tmp_path, 4)
+            except NoSpaceError as error:
+                assert "No space is left" in str(error)
+            else:
+                break
+        found = find_resume(tmp_path, "auto")
+        assert found is not None
+        assert read_state(found).step == (4 if (tmp_path / "checkpoint_step_4").exists() else 3)
+        assert (tmp_path / "latest.json").read_bytes() == pointer or found != old
+        assert not list(tmp_path.glob(".*"))
+    assert moment > 10
+    assert read_state(tmp_path / "checkpoint_step_4").step == 4
+
+
+@pytest.mark.parametrize("existing", ["another step", "the same step"])
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, save_step, monkeypatch, existing):
+    run = tmp_path / "run"
+    save_step(run, 3)
+    if existing == "the same step":
+        save_step(run, 4)
+    moments = []
+
+    def photograph():
+        moments.append(tmp_path / f"moment_{len(moments)}")
+        shutil.copytree(run, moments[-1])
+
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "replace"):
+            count_calls(patch, name, photograph)
+        save_step(run, 4)
+    assert len(moments) > 10
+    for moment in moments:
+        found = find_resume(moment, "auto")
+        assert found is not None
+        verify_manifest(found)
+        assert read_state(found).step in (3, 4)
+        # What is a checkpoint by name is one in full.
+        for folder in moment.glob("checkpoint_*"):
+            assert (folder / MANIFEST).is_file()
+        sweep_leftovers(moment)
+        assert not list(moment.glob(".checkpoint_*"))
+        assert find_resume(moment, "auto") == found

@@ -1,0 +1,70 @@
+import copy
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sheepop.config import TrainingConfig
+from sheepop.models.transformer import TransformerModel
+from sheepop.training.length import measure_seconds_per_step, steps_in_minutes, total_steps_without_clock
+
+
+def test_steps_epochs_or_a_clock():
+    assert total_steps_without_clock(TrainingConfig(max_steps=17), 5) == 17
+    assert total_steps_without_clock(TrainingConfig(max_epochs=3), 5) == 15
+    assert total_steps_without_clock(TrainingConfig(max_minutes=2.0), 5) is None
+
+
+def test_validations_are_paid_for_out_of_the_budget():
+    # 60 s; a step 0.5 s; a validation 2 s every 4 steps makes a step 1 s.
+    assert steps_in_minutes(1, seconds_per_step=0.5, seconds_per_validation=2, eval_interval=4) == 60
+    # Ten validations of 2 s leave 40 s.
+    assert steps_in_minutes(1, seconds_per_step=0.5, seconds_per_validation=2, eval_interval=None) == 80
+
+
+@settings(deadline=None)
+@given(
+    minutes=st.floats(-1, 1e3),
+    seconds_per_step=st.floats(1e-4, 1e4),
+    seconds_per_validation=st.floats(0, 1e4),
+    eval_interval=st.none() | st.integers(1, 1000),
+)
+def test_there_is_at_least_one_step_and_the_budget_is_kept(
+    minutes, seconds_per_step, seconds_per_validation, eval_interval
+):
+    steps = steps_in_minutes(
+        minutes,
+        seconds_per_step=seconds_per_step,
+        seconds_per_validation=seconds_per_validation,
+        eval_interval=eval_interval,
+    )
+    assert steps >= 1
+    validations = 10 if eval_interval is None else steps / eval_interval
+    assert steps == 1 or steps * seconds_per_step + validations * seconds_per_validation <= 60 * minutes * (1 + 1e-9)
+
+
+def test_measuring_leaves_the_model_as_it_was(tiny_config, monkeypatch):
+    monkeypatch.setattr("sheepop.training.length.MEASURED_SECONDS", 0.0)
+    model = TransformerModel(tiny_config().model)
+    before = copy.deepcopy(model.state_dict())
+    steps = []
+
+    def run_step(scratch, step):
+        steps.append(step)
+        for parameter in scratch.parameters():
+            parameter.data.zero_()
+
+    assert measure_seconds_per_step(model, run_step, first_step=5) > 0
+    assert steps[0] == 5
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_time_budget_becomes_a_number_of_steps_that_is_kept(tmp_path, train_in, monkeypatch):
+    monkeypatch.setattr("sheepop.training.length.MEASURED_SECONDS", 0.0)
+    # A long step keeps the run short without a look at the clock.
+    monkeypatch.setattr("sheepop.training.trainer.measure_seconds_per_step", lambda *_, **__: 60.0)
+    monkeypatch.setattr("sheepop.training.trainer.steps_in_minutes", lambda minutes, **_: round(minutes))
+    run = train_in(tmp_path / "run", **{"training.max_minutes": 5.0})
+    assert (run / "checkpoint_step_5").is_dir()
+    with pytest.raises(FileNotFoundError):
+        (run / "checkpoint_step_6").stat()

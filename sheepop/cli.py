@@ -120,6 +120,7 @@ def train(
 ) -> None:
     """Train a model on text; every setting can be given as --section.key VALUE."""
     from sheepop.config import parse_overrides
+    from sheepop.training.distributed import is_main_process
     from sheepop.training.run import start_run
 
     named = {
@@ -130,7 +131,9 @@ def train(
         "training.max_minutes": minutes,
     }
     overrides = parse_overrides(context.args) | {key: value for key, value in named.items() if value is not None}
-    print(start_run(config, preset=preset, overrides=overrides, resume=resume, accept_changes=accept_changes))
+    run = start_run(config, preset=preset, overrides=overrides, resume=resume, accept_changes=accept_changes)
+    if is_main_process():
+        print(run)
 
 
 @app.command()

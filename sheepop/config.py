@@ -229,6 +229,34 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object | Callable[[Mapping[str, 
             "num_kv_heads": lambda model: model["num_heads"] // 2 if model["num_heads"] % 2 == 0 else 0,
         },
     },
+    # What `sheepop demo` trains: small enough to see many words in two minutes on two cores.
+    "demo": {
+        "model": {
+            "vocab_size": 1024,
+            "d_model": 128,
+            "num_layers": 4,
+            "num_heads": 4,
+            "num_kv_heads": 4,
+            "max_seq_len": 128,
+            "norm": "rmsnorm",
+            "activation": "swiglu",
+            "qk_norm": True,
+            "dropout": 0.0,
+        },
+        "training": {
+            "batch_size": 8,
+            "max_minutes": 2.5,
+            "learning_rate": 4e-3,
+            "min_learning_rate_ratio": 0.02,
+            "warmup_steps": 50,
+            "log_interval": 50,
+            "eval_interval": None,
+            "eval_max_tokens": 20_000,
+            "sample_prompt": "ROMEO:\n",
+            "sample_tokens": 70,
+        },
+        "data": {"val_fraction": 0.05},
+    },
     # GPT-2 "small" as published (Radford et al. 2019): exports to transformers' GPT2LMHeadModel.
     "gpt2": {
         "model": {
@@ -389,15 +417,16 @@ def _explain(problem: ErrorDetails) -> str:
     value = problem["input"]
     if problem["type"] == "extra_forbidden":
         names = setting_names()
-        nearest = did_you_mean(key, names)
-        if not nearest:  # the right name in the wrong section
-            same_name = [name for name in names if name.split(".")[-1] == location[-1]]
-            nearest = f" Did you mean '{same_name[0]}'?" if same_name else did_you_mean(location[-1], names)
         section = ".".join(location[:-1])
         siblings = [name.split(".")[-1] for name in names if name.rpartition(".")[0] == section]
         if not section:
             siblings = list(Config.model_fields)
-            nearest = nearest or did_you_mean(key, siblings)
+        same_name = [name for name in names if name.split(".")[-1] == location[-1]]
+        if same_name:  # the right name in the wrong section
+            nearest = f" Did you mean '{same_name[0]}'?"
+        else:
+            known = names if section else [*siblings, *names]
+            nearest = did_you_mean(key, known) or did_you_mean(location[-1], names)
         return f"there is no setting '{key}' (value {value!r}).{nearest} Allowed here: {', '.join(siblings)}."
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if problem["type"] == "value_error":

@@ -294,29 +294,35 @@ def _write_tokens(path: Path, texts: Iterable[str], tokenizer: Tokenizer, dtype:
     """Write a split: each document after an end-of-text token, and one more at the end."""
     counts = _Counts()
     little_endian = np.dtype(dtype).newbyteorder("<")
+    end_of_text = np.array([tokenizer.end_of_text_id], dtype=little_endian)
     with path.open("wb") as file:
-        for batch in _batches(texts):
-            for text, token_ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-                np.array([tokenizer.end_of_text_id, *token_ids], dtype=little_endian).tofile(file)
-                counts.tokens += 1 + len(token_ids)
-                counts.documents += 1
-                counts.bytes += len(text.encode("utf-8"))
-                counts.characters += len(text)
-                counts.words += len(text.split())
-        np.array([tokenizer.end_of_text_id], dtype=little_endian).tofile(file)
+        for batch in _batches(texts, tokenizer):
+            token_ids = tokenizer.encode_batch([piece for piece, _ in batch])
+            for (piece, begins_document), piece_ids in zip(batch, token_ids, strict=True):
+                if begins_document:
+                    end_of_text.tofile(file)
+                np.array(piece_ids, dtype=little_endian).tofile(file)
+                counts.tokens += begins_document + len(piece_ids)
+                counts.documents += begins_document
+                counts.bytes += len(piece.encode("utf-8"))
+                counts.characters += len(piece)
+                counts.words += len(piece.split())  # a piece ends with a word
+        end_of_text.tofile(file)
         counts.tokens += 1
     return counts
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tuple[str, bool]]]:
+    """Yield pieces of the texts, and whether each is the first of its document, in batches to encode at once."""
+    batch: list[tuple[str, bool]] = []
     waiting = 0  # characters
     for text in texts:
-        batch.append(text)
-        waiting += len(text)
-        if waiting >= ENCODE_AT_ONCE:
-            yield batch
-            batch, waiting = [], 0
+        for number, piece in enumerate(tokenizer.cut(text)):
+            batch.append((piece, number == 0))
+            waiting += len(piece)
+            if waiting >= ENCODE_AT_ONCE:
+                yield batch
+                batch, waiting = [], 0
     if batch:
         yield batch
 

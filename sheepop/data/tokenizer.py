@@ -7,8 +7,9 @@ last; it never comes out of plain text, not even out of text that spells its nam
 import codecs
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from sheepop.utils.errors import ConfigError, DataError
+from sheepop.utils.errors import CheckpointError, ConfigError, DataError
 from sheepop.utils.files import write_atomic
 from sheepop.utils.logging import log
 
@@ -34,6 +35,10 @@ SMALLEST_BPE = 257  # every byte, and the end of text
 # A word takes the space before it along; punctuation and white space stand for themselves.
 WORDS = r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s"
 NUM_CODE_POINTS = 0x110000
+# Encoding takes hundreds of bytes of memory a token and one core a text, so long texts are encoded in pieces. White
+# space after a letter or digit begins a new token in GPT-2's splitting and in `WORDS`, whatever stands around it.
+PIECE_CHARACTERS = 100_000
+PIECE_END = re.compile(r"(?<=[^\W_])(?=[ \n])")
 
 
 class Tokenizer:
@@ -137,6 +142,23 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError) as error:
             raise DataError(_surrogate_message(texts)) from error
 
+    def cut(self, text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
+        """Cut a long text into pieces of about `size` characters whose tokens, joined, are those of the whole.
+
+        The text of an imported tokenizer that splits in other ways stays whole.
+        """
+        return cut(text, size) if self._splits_at_white_space else iter((text,))
+
+    @cached_property
+    def _splits_at_white_space(self) -> bool:
+        splitter = self._layout["pre_tokenizer"] or {"type": "none"}
+        is_ours = (
+            self.kind == "char"
+            or (splitter["type"] == "ByteLevel" and splitter["use_regex"] and not splitter["add_prefix_space"])
+            or splitter.get("pattern") == {"Regex": WORDS}
+        )
+        return self._layout["normalizer"] is None and is_ours
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids; special tokens have none, and bytes that are no character give U+FFFD.
 
@@ -213,6 +235,25 @@ class Tokenizer:
         return pieces
 
 
+def load_model_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """Load the tokenizer that was saved with a model of `vocab_size` entries.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or has more entries than the model.
+    """
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except DataError as error:
+        raise CheckpointError(f"The tokenizer of the checkpoint {folder} cannot be used. {error}") from None
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"The tokenizer in {folder} has {tokenizer.vocab_size} entries, but its model knows only {vocab_size}: "
+            "they "
+            "do not belong together. Use another checkpoint, or the tokenizer.json that the model was trained with."
+        )
+    return tokenizer
+
+
 class StreamDecoder:
     """Text from tokens as they come, never half a character: a character's last byte brings it out."""
 
@@ -247,6 +288,15 @@ class StreamDecoder:
         return decode(self._context + self._waiting)[len(decode(self._context)) :]
 
 
+def cut(text: str, size: int) -> Iterator[str]:
+    """Cut a text after each `size` characters, at the next end of a word before a space or newline."""
+    begin = 0
+    while end := PIECE_END.search(text, begin + size):
+        yield text[begin : end.start()]
+        begin = end.start()
+    yield text[begin:]
+
+
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """Byte-level BPE (Radford et al. 2019, section 2.2): merges inside words, starting from the 256 bytes."""
     if vocab_size < SMALLEST_BPE:
@@ -261,7 +311,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((piece for text in texts for piece in cut(text, PIECE_CHARACTERS)), trainer)
     return backend
 
 
@@ -289,8 +339,8 @@ def _train_word(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
         raise ConfigError(f"A word tokenizer needs at least 3 entries, but {vocab_size} were asked for.")
     splitter = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(word for word, _ in splitter.pre_tokenize_str(text))
+    for piece in (piece for text in texts for piece in cut(text, PIECE_CHARACTERS)):
+        counts.update(word for word, _ in splitter.pre_tokenize_str(piece))
     counts.pop(END_OF_TEXT, None)
     ranked = sorted(counts, key=lambda word: (-counts[word], word))
     names = [END_OF_TEXT, UNKNOWN, *ranked[: vocab_size - 2]]

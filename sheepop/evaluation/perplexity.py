@@ -1,8 +1,6 @@
 """Scores on held-out text: loss, accuracy, and the figures that compare models with different tokenizers."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,9 @@ from sheepop.config import DataConfig
 from sheepop.data.dataset import IGNORE_INDEX, document_ids, num_windows, read_windows
 from sheepop.data.documents import iter_documents
 from sheepop.data.prepare import is_prepared, open_corpus
-from sheepop.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from sheepop.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_model_tokenizer
 from sheepop.models.pretrained import load_pretrained, read_settings, resolve_checkpoint
-from sheepop.models.transformer import TransformerModel
+from sheepop.models.transformer import TransformerModel, inference
 from sheepop.utils.devices import resolve_device
 from sheepop.utils.errors import CheckpointError, ConfigError, DataError
 
@@ -120,7 +118,8 @@ def evaluate_tokens(
     windows = _choose_windows(num_windows(len(tokens), context, stride), stride, max_tokens)
     loss_sum = 0.0
     top1_hits = top5_hits = scored = 0
-    with _inference(model, autocast_dtype):
+    autocast = torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None)
+    with inference(model), autocast:
         for first in range(0, len(windows), batch_size):
             batch = windows[first : first + batch_size]
             inputs, targets = read_windows(tokens, batch * stride, context)  # (B, T) each
@@ -176,12 +175,7 @@ def evaluate_checkpoint(
     """
     folder = resolve_checkpoint(checkpoint)
     settings = read_settings(folder)
-    tokenizer = _load_tokenizer(folder)
-    if tokenizer.vocab_size > settings.model.vocab_size:
-        raise CheckpointError(
-            f"The tokenizer in {folder} has {tokenizer.vocab_size} entries, but its model knows only "
-            f"{settings.model.vocab_size}: they do not belong together. Use another checkpoint."
-        )
+    tokenizer = load_model_tokenizer(folder, settings.model.vocab_size)
     text = _open_text(data, split, tokenizer, settings.data, folder)
     model = load_pretrained(folder, resolve_device(device))
     context = settings.data.max_length
@@ -258,32 +252,10 @@ def _encode_text(data: Path, tokenizer: Tokenizer, separator: str | None) -> _Te
     return _Text(np.concatenate([*pieces, end_of_text]), num_bytes, words, None, data)
 
 
-def _load_tokenizer(folder: Path) -> Tokenizer:
-    try:
-        return Tokenizer.load(folder / TOKENIZER_FILE)
-    except DataError as error:
-        raise CheckpointError(f"The tokenizer of the checkpoint {folder} cannot be used. {error}") from None
-
-
 def _choose_windows(count: int, stride: int, max_tokens: int | None) -> NDArray[np.int64]:
     """Return the windows to score: all, or as many as `max_tokens` pays for, spread evenly."""
     chosen = count if max_tokens is None else min(count, max(1, max_tokens // stride))
     return np.arange(chosen, dtype=np.int64) * count // chosen
-
-
-@contextmanager
-def _inference(model: TransformerModel, autocast_dtype: torch.dtype | None) -> Iterator[None]:
-    """Switch dropout and gradients off and autocast on; give the model back in the mode that it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        with (
-            torch.inference_mode(),
-            torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None),
-        ):
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _for_json(figure: float) -> float | None:

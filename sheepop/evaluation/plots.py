@@ -269,6 +269,8 @@ def _validation(
     """Draw the validations as points, and write the number at the best one."""
     if not len(steps):
         return
+    from matplotlib.patheffects import withStroke
+
     axes.plot(
         steps,
         values,
@@ -290,6 +292,8 @@ def _validation(
         color=theme.val,
         fontsize=11,
         fontweight="bold",
+        path_effects=[withStroke(linewidth=3, foreground=theme.paper)],
+        zorder=4,
     )
 
 

@@ -10,14 +10,13 @@ from sheepop.generation.generate import (
     OnToken,
     check_request,
     context_start,
-    inference,
     sample_generator,
     say_context_is_full,
     text_start,
 )
 from sheepop.generation.sampling import SamplingSettings, sample_tokens
 from sheepop.models.kv_cache import KVCache
-from sheepop.models.transformer import TransformerModel
+from sheepop.models.transformer import TransformerModel, inference
 
 
 def generate_cached(

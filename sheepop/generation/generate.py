@@ -1,14 +1,13 @@
 """Naive generation: the whole context is computed again for each token. The reference that fast paths must equal."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from sheepop.generation.sampling import SamplingSettings, sample_token
-from sheepop.models.transformer import TransformerModel
+from sheepop.models.transformer import TransformerModel, inference
 from sheepop.utils.errors import CheckpointError, ConfigError
 from sheepop.utils.logging import log
 from sheepop.utils.seeds import derive_seed
@@ -141,15 +140,3 @@ def sample_generator(model: TransformerModel, seed: int, sample: int) -> torch.G
 def say_context_is_full(max_seq_len: int) -> None:
     """Tell the user that the model begins to forget."""
     log(f"note: the context of {max_seq_len} tokens is full; whenever it is, its oldest half is dropped")
-
-
-@contextmanager
-def inference(model: TransformerModel) -> Iterator[None]:
-    """Switch dropout and gradients off, and the model's training mode back on afterwards if it was on."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)

@@ -83,10 +83,17 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Keep the nucleus (Holtzman et al. 2020): the fewest most likely tokens whose probabilities reach p together."""
     if p >= 1.0:
         return logits
-    descending = logits.sort(dim=-1, descending=True).values
-    mass = descending.softmax(dim=-1).cumsum(dim=-1)
+    vocab_size = logits.shape[-1]
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    candidates = min(256, vocab_size)
+    while True:  # the nucleus is nearly always small, and sorting a whole vocabulary costs more than the rest together
+        descending = logits.topk(candidates, dim=-1).values
+        mass = (descending - total).exp().cumsum(dim=-1)
+        if candidates == vocab_size or bool((mass[..., -1] >= p).all()):
+            break
+        candidates = min(8 * candidates, vocab_size)
     count = (mass < p).sum(dim=-1, keepdim=True) + 1  # (..., 1): those that do not reach p, and the one that does
-    return _keep_largest(logits, descending, count.clamp_max(logits.shape[-1]))
+    return _keep_largest(logits, descending, count.clamp_max(candidates))
 
 
 def keep_min_p(logits: Tensor, min_p: float) -> Tensor:

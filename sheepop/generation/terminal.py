@@ -5,13 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from sheepop.data.tokenizer import Tokenizer
+from sheepop.data.tokenizer import Tokenizer, load_model_tokenizer
 from sheepop.generation.completion import Generation, complete
 from sheepop.generation.sampling import SamplingSettings
 from sheepop.models.pretrained import load_pretrained, resolve_checkpoint
 from sheepop.models.transformer import TransformerModel
 from sheepop.utils.devices import resolve_device
-from sheepop.utils.errors import CheckpointError, DataError
 from sheepop.utils.files import to_json
 from sheepop.utils.logging import log
 
@@ -89,17 +88,7 @@ def load_model_and_tokenizer(checkpoint: Path, device: str) -> tuple[Transformer
     """
     folder = resolve_checkpoint(checkpoint)
     model = load_pretrained(folder, resolve_device(device))
-    try:
-        tokenizer = Tokenizer.load(folder)
-    except DataError as error:
-        raise CheckpointError(f"The tokenizer of the checkpoint {folder} cannot be used. {error}") from None
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise CheckpointError(
-            f"The tokenizer in {folder} has {tokenizer.vocab_size} entries, but the model knows only "
-            f"{model.config.vocab_size}: they do not belong together. Use the tokenizer.json that the model was "
-            "trained with."
-        )
-    return model, tokenizer
+    return model, load_model_tokenizer(folder, model.config.vocab_size)
 
 
 def _lines() -> Iterator[str]:

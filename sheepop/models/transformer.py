@@ -1,6 +1,8 @@
 """The decoder transformer: embed tokens, pass the blocks, normalise, score every entry of the vocabulary."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +121,18 @@ class TransformerModel(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.token_embedding.weight.device
+
+
+@contextmanager
+def inference(model: TransformerModel) -> Iterator[None]:
+    """Switch dropout and gradients off, and give the model back in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def document_starts(document_ids: Tensor) -> Tensor:

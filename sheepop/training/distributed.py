@@ -27,6 +27,11 @@ class World:
         return self.rank == 0
 
 
+def is_main_process() -> bool:
+    """Say whether this is the process that prints results, also outside `join_world`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def join_world(device: torch.device) -> Iterator[World]:
     """Join the processes that `torchrun` started, if it did, and leave them at the end."""

@@ -113,10 +113,9 @@ def claim_folder(folder: Path, *, resuming: bool) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
+        reason = "it is a file" if folder.is_file() else os.strerror(error.errno or 0)
         raise ConfigError(
-            f"The output folder {folder} cannot be written to ({os.strerror(error.errno or 0)}). Choose another one "
-            "with "
-            "--output."
+            f"The output folder {folder} cannot be written to ({reason}). Choose another one with --output."
         ) from None
     sweep_leftovers(folder)
 
@@ -149,7 +148,7 @@ def set_up(config: Config, corpus: Corpus, *, device: torch.device, world: World
         DataError: the text does not fill one context.
     """
     tokenizer = corpus.tokenizer()
-    if config.model.vocab_size != tokenizer.vocab_size:
+    if world.is_main and config.model.vocab_size != tokenizer.vocab_size:
         log(
             f"model.vocab_size is {tokenizer.vocab_size}, the number of the tokenizer's entries "
             f"({config.model.vocab_size} were asked for)"

@@ -56,6 +56,19 @@ def test_a_character_tokenizer_equals_the_general_path(text: str) -> None:
 
 
 @settings(deadline=None)
+@given(unicode_texts, st.integers(1, 9))
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(tokenizer: Tokenizer, text: str, size: int) -> None:
+    pieces = list(tokenizer.cut(text, size))
+    assert "".join(pieces) == text
+    assert [token_id for piece in pieces for token_id in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+def test_long_texts_are_cut() -> None:
+    tokenizer = Tokenizer.train("bpe", TEXTS, vocab_size=300)
+    assert max(map(len, tokenizer.cut(TEXTS[0] * 100, 50))) < 60
+
+
+@settings(deadline=None)
 @given(st.data())
 def test_a_stream_gives_what_decoding_at_once_gives(tokenizer: Tokenizer, data: st.DataObject) -> None:
     """Also for tokens in an order that no text has, with halves of characters among them."""
@@ -176,6 +189,7 @@ def test_a_foreign_tokenizer_gets_an_end_of_text_and_streams(
     assert "<|endoftext|>" in capsys.readouterr().err
     assert (tokenizer.end_of_text_id, tokenizer.vocab_size) == (6, 7)
     assert tokenizer.end_of_text_id not in tokenizer.encode("the <|endoftext|> kings")
+    assert list(tokenizer.cut("the king the king", 2)) == ["the king the king"], "a piece would begin with a space more"
     ids = tokenizer.encode("the kings the king") * 3
     stream = StreamDecoder(tokenizer)
     assert "".join([stream.push(token_id) for token_id in ids] + [stream.flush()]) == tokenizer.decode(ids)
@@ -226,3 +240,4 @@ def test_gpt2_merging_equals_the_algorithm_written_out(gpt2: Tokenizer, real_dat
 def test_gpt2_on_real_text_round_trips(gpt2: Tokenizer, real_data: Path) -> None:
     text = (real_data / "wikitext-2" / "wiki.valid.tokens").read_text(encoding="utf-8")
     assert gpt2.decode(gpt2.encode(text)) == text
+    assert list(itertools.chain.from_iterable(gpt2.encode_batch(list(gpt2.cut(text, 1000))))) == gpt2.encode(text)

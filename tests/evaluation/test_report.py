@@ -3,7 +3,6 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -61,55 +60,60 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    folder = tmp_path / "my <run>"
+def make_run(parent: Path) -> Path:
+    folder = parent / "my <run>"
     folder.mkdir()
     lines = [*TRAIN, *VAL]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    config = load_config(
-        None, overrides={"model.vocab_size": 65, "data.path": "data/corpus", "training.max_steps": 100}
-    )
+    config = load_config(None, overrides={"model.vocab_size": 65, "data.path": "corpus", "training.max_steps": 100})
     write_json(folder / "config.json", config.model_dump())
     return folder
 
 
-def write_samples(run: Path, samples: list[dict[str, Any]]) -> None:
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a run with many samples, the first of them hostile."""
+    run = make_run(tmp_path_factory.mktemp("runs"))
+    hostile = {"step": 7, "prompt": "<b>bold</b>", "text": "{{ 1 + 1 }} & <script>alert(1)</script>\nnext"}
+    samples = [hostile, *({"step": step, "prompt": "", "text": f"text of step {step}."} for step in range(10, 29))]
     (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples), encoding="utf-8")
-
-
-def test_the_page_stands_alone(run: Path) -> None:
     path = write_report(run)
     assert path == run / "report.html"
-    html = path.read_text(encoding="utf-8")
+    assert (run / "plots" / "loss.png").exists()
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_page_stands_alone(html: str) -> None:
     page = Page(html)
     assert len(page.addresses) == 10  # five pictures, by day and by night
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert not re.search(r"https?://|@import|url\(|<script", html)
     assert "default-src 'none'" in html
     assert 'name="viewport"' in html
-    assert (run / "plots" / "loss.png").exists()
 
 
-def test_the_headline_is_the_best_validation(run: Path) -> None:
-    text = Page(write_report(run).read_text(encoding="utf-8")).text
+def test_the_headline_is_the_best_validation(html: str) -> None:
+    text = Page(html).text
     for shown in ("4.500", "at step 50", "90.02", "1.250", "37.5%", "9.60K", "2m30s", "480"):
         assert shown in text
 
 
-def test_samples_are_shown_as_they_were_written(run: Path) -> None:
-    write_samples(run, [{"step": 7, "prompt": "<b>bold</b>", "text": "{{ 1 + 1 }} & <script>alert(1)</script>\nnext"}])
-    page = Page(write_report(run).read_text(encoding="utf-8"))
+def test_names_and_samples_are_shown_as_they_were_written(html: str) -> None:
+    page = Page(html)
     assert "<b>bold</b>{{ 1 + 1 }} & <script>alert(1)</script>\nnext" in page.text
     assert "script" not in page.tags
     assert "my <run>" in page.text
 
 
-def test_of_many_samples_some_are_shown_and_none_is_lost(run: Path) -> None:
-    write_samples(run, [{"step": step, "prompt": "", "text": f"text of step {step}."} for step in range(20)])
-    text = Page(write_report(run).read_text(encoding="utf-8")).text
+def test_of_many_samples_some_are_shown_and_none_is_lost(html: str) -> None:
+    text = Page(html).text
     assert "14 more samples" in text
-    assert all(text.count(f"text of step {step}.") == 1 for step in range(20))
+    assert all(text.count(f"text of step {step}.") == 1 for step in range(10, 29))
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (11, [0, 3, 7, 10])])
@@ -130,7 +134,7 @@ def test_settings_are_listed_and_changed_ones_marked() -> None:
     }
 
 
-def test_commands_can_be_pasted_whatever_the_folder_is_called(run: Path) -> None:
+def test_commands_can_be_pasted_whatever_the_folder_is_called() -> None:
     config = load_config(None, overrides={"data.path": "my texts"})
     commands = [command for _, command in next_commands(Path("runs/it's mine"), config)]
     assert "sheepop chat --checkpoint 'runs/it'\"'\"'s mine'" in commands

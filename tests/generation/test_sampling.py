@@ -79,6 +79,16 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_share(logits: list[float]
         assert kept(keep_top_p(torch.tensor(logits), p)) == nucleus(logits, p)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.97, 0.999])
+def test_top_p_reaches_far_into_a_large_vocabulary(share: float) -> None:
+    spread = torch.linspace(0.2, 3.0, 2)[:, None]  # a flat row, whose nucleus is large, and a steep one
+    rows = torch.randn(2, 3001, generator=generator()) * spread
+    for row, filtered in zip(rows, keep_top_p(rows, share), strict=True):
+        descending = row.double().softmax(dim=-1).sort(descending=True)
+        size = int((descending.values.cumsum(dim=-1) < share).sum()) + 1
+        assert kept(filtered) == sorted(descending.indices[:size].tolist())
+
+
 @settings(deadline=None)
 @given(logits=LOGITS, min_p=SHARES)
 def test_min_p_keeps_what_is_likely_enough_beside_the_most_likely(logits: list[float], min_p: float) -> None:

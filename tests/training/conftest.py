@@ -10,7 +10,27 @@ from sheepop.training.checkpoint import TrainingState, save_checkpoint
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.run import start_run
 
-WORDS = "a the old young sheep dog hill sees hears follows leaves and but no one at night by day".split()
+WORDS = [
+    "a",
+    "the",
+    "old",
+    "young",
+    "sheep",
+    "dog",
+    "hill",
+    "sees",
+    "hears",
+    "follows",
+    "leaves",
+    "and",
+    "but",
+    "no",
+    "one",
+    "at",
+    "night",
+    "by",
+    "day",
+]
 
 # 7 steps an epoch: 38 windows in steps of 6, the last one short; all sizes differ.
 TINY: dict[str, object] = {

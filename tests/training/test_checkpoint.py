@@ -159,8 +159,8 @@ def test_pruning_keeps_the_last_ones_the_epochs_the_best_and_the_latest(tmp_path
     }
 
 
-def count_calls(monkeypatch, name, action):
-    """Call `action(n)` before the n-th call of `os.<name>`, counted over all names given to one `action`."""
+def before_each(monkeypatch, name, action):
+    """Call `action()` before each call of `os.<name>`."""
     real = getattr(os, name)
 
     def wrapper(*arguments, **named):
@@ -183,13 +183,12 @@ def test_a_full_disk_at_any_moment_leaves_the_old_checkpoint(tmp_path, save_step
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with monkeypatch.context() as patch:
-            count_calls(patch, "fsync", fill_up)
+            before_each(patch, "fsync", fill_up)
             try:
                 save_step(tmp_path, 4)
-            except NoSpaceError as error:
-                assert "No space is left" in str(error)
-            else:
                 break
+            except NoSpaceError:
+                pass
         found = find_resume(tmp_path, "auto")
         assert found is not None
         assert read_state(found).step == (4 if (tmp_path / "checkpoint_step_4").exists() else 3)
@@ -213,7 +212,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, save_step, mon
 
     with monkeypatch.context() as patch:
         for name in ("fsync", "replace"):
-            count_calls(patch, name, photograph)
+            before_each(patch, name, photograph)
         save_step(run, 4)
     assert len(moments) > 10
     for moment in moments:

@@ -1,11 +1,13 @@
 import copy
+import json
+from types import SimpleNamespace
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sheepop.config import TrainingConfig
 from sheepop.models.transformer import TransformerModel
+from sheepop.training.checkpoint import read_state
 from sheepop.training.length import measure_seconds_per_step, steps_in_minutes, total_steps_without_clock
 
 
@@ -43,8 +45,7 @@ def test_there_is_at_least_one_step_and_the_budget_is_kept(
     assert steps == 1 or steps * seconds_per_step + validations * seconds_per_validation <= 60 * minutes * (1 + 1e-9)
 
 
-def test_measuring_leaves_the_model_as_it_was(tiny_config, monkeypatch):
-    monkeypatch.setattr("sheepop.training.length.MEASURED_SECONDS", 0.0)
+def test_measuring_leaves_the_model_as_it_was(tiny_config):
     model = TransformerModel(tiny_config().model)
     before = copy.deepcopy(model.state_dict())
     steps = []
@@ -54,17 +55,27 @@ def test_measuring_leaves_the_model_as_it_was(tiny_config, monkeypatch):
         for parameter in scratch.parameters():
             parameter.data.zero_()
 
-    assert measure_seconds_per_step(model, run_step, first_step=5) > 0
-    assert steps[0] == 5
+    assert measure_seconds_per_step(model, run_step, first_step=5, seconds=0.0) > 0
+    assert steps == list(range(5, 5 + len(steps)))
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_neither_the_first_step_nor_a_disturbance_counts(tiny_config, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("sheepop.training.length.time", SimpleNamespace(perf_counter=lambda: now))
+
+    def run_step(_, step):
+        nonlocal now
+        now += {0: 100.0, 2: 30.0}.get(step, 2.0 + step / 100)
+
+    measured = measure_seconds_per_step(TransformerModel(tiny_config().model), run_step, first_step=0, seconds=200.0)
+    assert 2.0 < measured < 3.0
+
+
 def test_a_time_budget_becomes_a_number_of_steps_that_is_kept(tmp_path, train_in, monkeypatch):
-    monkeypatch.setattr("sheepop.training.length.MEASURED_SECONDS", 0.0)
     # A long step keeps the run short without a look at the clock.
     monkeypatch.setattr("sheepop.training.trainer.measure_seconds_per_step", lambda *_, **__: 60.0)
     monkeypatch.setattr("sheepop.training.trainer.steps_in_minutes", lambda minutes, **_: round(minutes))
     run = train_in(tmp_path / "run", **{"training.max_minutes": 5.0})
-    assert (run / "checkpoint_step_5").is_dir()
-    with pytest.raises(FileNotFoundError):
-        (run / "checkpoint_step_6").stat()
+    assert read_state(run / "checkpoint_step_5").total_steps == 5
+    assert json.loads((run / "latest.json").read_text())["step"] == 5

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -49,4 +50,4 @@ def test_every_rate_lies_between_nothing_and_the_peak_and_never_rises_after_warm
     values = rates(total_steps, schedule=schedule, warmup_steps=warmup_steps, decay_fraction=decay_fraction)
     assert all(0 < value <= 0.5 + 1e-12 for value in values)
     after = values[warmup_steps:]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(after, after[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(after))

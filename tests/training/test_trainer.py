@@ -122,6 +122,20 @@ def test_a_resumed_run_needs_only_its_checkpoint(tmp_path, train_in, signal_at, 
     assert_same_run(straight, tmp_path / "run", "checkpoint_step_6")
 
 
+def test_a_time_budget_is_measured_once(tmp_path, train_in, signal_at, monkeypatch):
+    monkeypatch.setattr("sheepop.training.trainer.measure_seconds_per_step", lambda *_, **__: 1.0)
+    monkeypatch.setattr("sheepop.training.trainer.steps_in_minutes", lambda *_, **__: 6)
+    settings = {"training.max_minutes": 3.0}
+    straight = train_in(tmp_path / "straight", **settings)
+    signal_at(3)
+    with pytest.raises(Interrupted):
+        train_in(tmp_path / "run", **settings)
+    signal_at(None)
+    monkeypatch.setattr("sheepop.training.trainer.steps_in_minutes", lambda *_, **__: 99)
+    train_in(tmp_path / "run", resume="auto", **settings)
+    assert_same_run(straight, tmp_path / "run", "checkpoint_step_6")
+
+
 def test_what_a_run_writes(tmp_path, train_in, corpus_folder):
     run = train_in(
         tmp_path / "run", **{"training.max_steps": 15, "training.eval_interval": 4, "training.save_interval": 2}

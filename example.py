@@ -1,0 +1,168 @@
+"""A guided tour of a minute: text → tokens → training → generation → a look inside the model.
+
+Run it with `python3 example.py`, and read along: every part is a few lines. It uses the functions that the commands of
+sheepop use, so what you see here is what `sheepop train` and `sheepop generate` do, without files and checkpoints.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sheepop.config import ModelConfig, TrainingConfig
+from sheepop.data.corpora import clean_play, installed_files
+from sheepop.data.dataset import num_windows, read_windows
+from sheepop.data.sampler import Sampler
+from sheepop.data.tokenizer import Tokenizer
+from sheepop.generation.completion import complete
+from sheepop.generation.sampling import SamplingSettings
+from sheepop.models.attention import attention
+from sheepop.models.transformer import TransformerModel
+from sheepop.training.loss import summed_cross_entropy
+from sheepop.training.optimizer import make_optimizer
+from sheepop.training.schedule import learning_rate_at
+from sheepop.utils.errors import DataError
+
+SEED = 1
+CONTEXT = 64  # tokens that the model sees at once
+STEPS = 300
+
+
+def heading(number: int, title: str) -> None:
+    """Print where on the tour we are."""
+    print(f"\n=== {number}. {title} ===")
+
+
+def read_some_text() -> str:
+    """Return a megabyte of plays, or of Python's own library where the plays are not installed."""
+    try:
+        text = "\n\n".join(clean_play(file.read_text(encoding="utf-8")) for file in installed_files("plays")[:8])
+    except DataError:
+        text = "\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in installed_files("python"))
+    return text[:1_000_000]
+
+
+def main() -> None:
+    """Walk through the five parts."""
+    torch.manual_seed(SEED)
+
+    heading(1, "Text")
+    text = read_some_text()
+    print(f"{len(text):,} characters. Somewhere in the middle they read:\n\n{text[500_000:500_250].strip()}")
+
+    heading(2, "Tokens")
+    # A model works on numbers. The tokenizer starts from single bytes and then, again and again, joins the pair of
+    # neighbours that occurs most often, until it has 512 pieces: frequent words become one piece, rare ones several.
+    tokenizer = Tokenizer.train("bpe", [text], vocab_size=512)
+    phrase = "What is the matter?"
+    token_ids = tokenizer.encode(phrase)
+    print(f"{phrase!r} is cut into {[tokenizer.token_text(token_id) for token_id in token_ids]},")
+    print(f"which the model sees as {token_ids}, and which can be put together again: {tokenizer.decode(token_ids)!r}")
+    tokens = np.array(tokenizer.encode(text))
+    held_out = len(tokens) // 20
+    train_tokens, val_tokens = tokens[:-held_out], tokens[-held_out:]
+    print(
+        f"The whole text is {len(tokens):,} tokens. The last {held_out:,} are held out: the model never trains on them."
+    )
+
+    heading(3, "Training")
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        d_model=96,
+        num_layers=3,
+        num_heads=4,
+        max_seq_len=CONTEXT,
+        dropout=0.0,
+        norm="rmsnorm",
+        activation="swiglu",
+    )
+    model = TransformerModel(config)
+    training = TrainingConfig(batch_size=16, max_steps=STEPS, learning_rate=4e-3, warmup_steps=30)
+    optimizer = make_optimizer(model, training)
+    sampler = Sampler(
+        num_windows=num_windows(len(train_tokens), CONTEXT, CONTEXT),
+        batch_size=training.batch_size,
+        gradient_accumulation_steps=1,
+        seed=SEED,
+    )
+    print(f"A transformer with {sum(weight.numel() for weight in model.parameters()):,} random weights.")
+    print(
+        f"Guessing blindly among {config.vocab_size} tokens costs ln {config.vocab_size} = {np.log(config.vocab_size):.2f} nats."
+    )
+    for step in range(STEPS):
+        if step % 100 == 0:
+            print(f"step {step:3}: loss on held-out text {held_out_loss(model, val_tokens):.3f}")
+            print(f"          it writes: {write(model, tokenizer, 'The ', 16)!r}")
+        # Inputs are windows of the text, targets the same windows one token later: at each place, guess what comes.
+        inputs, targets = read_windows(train_tokens, sampler.windows_of(step) * CONTEXT, CONTEXT)
+        logits = model(torch.from_numpy(inputs))  # (B, T, V): a score for each token of the vocabulary at each place
+        wanted = torch.from_numpy(targets)
+        loss = summed_cross_entropy(logits, wanted) / wanted.numel()
+        # The gradient tells for each weight which way to move it so that the loss falls; the optimizer moves it a little.
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, STEPS, training)
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"step {STEPS}: loss on held-out text {held_out_loss(model, val_tokens):.3f}")
+
+    heading(4, "Generation")
+    # The model gives a probability to every token; one is drawn, appended, and the longer text goes in again.
+    prompt = "What is the"
+    for temperature in (0.0, 0.8):
+        print(f"temperature {temperature}: {prompt}{write(model, tokenizer, prompt, 40, temperature)}")
+    print("At temperature 0 it always takes the likeliest token, and soon repeats itself; a little chance helps.")
+
+    heading(5, "A look inside")
+    token_ids = tokenizer.encode(prompt)
+    weights, logits = look_inside(model, torch.tensor([token_ids]))
+    print(f"After {prompt!r}, its five best guesses for the next token:")
+    probabilities = logits.softmax(dim=-1)
+    for probability, token_id in zip(*probabilities.topk(5), strict=True):
+        print(f"  {probability:6.1%}  {tokenizer.token_text(int(token_id))!r}")
+    # How much each token (row) looks at each earlier one (column), in one head of the last block. A row sums to 1, and
+    # there is nothing above the diagonal: no token sees its future.
+    print("Where head 0 of the last block looks, in percent:")
+    names = [tokenizer.token_text(token_id) for token_id in token_ids]
+    print(" " * 8 + "".join(f"{name!r:>8}" for name in names))
+    for row, name in enumerate(names):
+        print(f"{name!r:>8}" + "".join(f"{100 * weight:8.0f}" for weight in weights[0, 0, row, : row + 1].tolist()))
+    print("\nNext: `sheepop demo` trains a larger model for some minutes; docs/architecture.md tells how it all works.")
+
+
+@torch.no_grad()
+def held_out_loss(model: TransformerModel, tokens: np.ndarray) -> float:
+    """Return the mean loss in nats per token over a part of text that the model was not trained on."""
+    inputs, targets = read_windows(tokens, np.arange(32) * CONTEXT, CONTEXT)
+    return float(summed_cross_entropy(model(torch.from_numpy(inputs)), torch.from_numpy(targets)) / targets.size)
+
+
+def write(model: TransformerModel, tokenizer: Tokenizer, prompt: str, tokens: int, temperature: float = 0.8) -> str:
+    """Return what the model writes after a prompt."""
+    settings = SamplingSettings(temperature=temperature)
+    return complete(model, tokenizer, prompt, settings, max_new_tokens=tokens, seed=SEED).completions[0].text
+
+
+@torch.no_grad()
+def look_inside(model: TransformerModel, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the attention weights of the last block, (B, H, T, T), and the logits of the next token, (V,).
+
+    Attention is a weighted mean of values. With the unit vectors as values, what comes out is the weights themselves.
+    """
+    layer = model.blocks[-1].attention
+    seen: list[Tensor] = []
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+        time = key.shape[2]
+        unit_vectors = torch.eye(time).expand(*key.shape[:2], time, time)  # (B, K, T, T)
+        seen.append(attention(query, key, unit_vectors))
+        return attention(query, key, value)
+
+    usual, layer.attention = layer.attention, spy
+    logits = model(token_ids)[0, -1]
+    layer.attention = usual
+    return seen[0], logits
+
+
+if __name__ == "__main__":
+    main()

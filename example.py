@@ -4,6 +4,8 @@ Run it with `python3 example.py`, and read along: every part is a few lines. It 
 sheepop use, so what you see here is what `sheepop train` and `sheepop generate` do, without files and checkpoints.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -85,9 +87,8 @@ def main() -> None:
         seed=SEED,
     )
     print(f"A transformer with {sum(weight.numel() for weight in model.parameters()):,} random weights.")
-    print(
-        f"Guessing blindly among {config.vocab_size} tokens costs ln {config.vocab_size} = {np.log(config.vocab_size):.2f} nats."
-    )
+    blind = np.log(config.vocab_size)
+    print(f"Guessing blindly among {config.vocab_size} tokens costs ln {config.vocab_size} = {blind:.2f} nats a token.")
     for step in range(STEPS):
         if step % 100 == 0:
             print(f"step {step:3}: loss on held-out text {held_out_loss(model, val_tokens):.3f}")
@@ -97,7 +98,7 @@ def main() -> None:
         logits = model(torch.from_numpy(inputs))  # (B, T, V): a score for each token of the vocabulary at each place
         wanted = torch.from_numpy(targets)
         loss = summed_cross_entropy(logits, wanted) / wanted.numel()
-        # The gradient tells for each weight which way to move it so that the loss falls; the optimizer moves it a little.
+        # The gradient tells for each weight which way to move it so that the loss falls; the optimizer moves it a bit.
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -108,7 +109,7 @@ def main() -> None:
 
     heading(4, "Generation")
     # The model gives a probability to every token; one is drawn, appended, and the longer text goes in again.
-    prompt = "What is the"
+    prompt = "O my good lord, the"
     for temperature in (0.0, 0.8):
         print(f"temperature {temperature}: {prompt}{write(model, tokenizer, prompt, 40, temperature)}")
     print("At temperature 0 it always takes the likeliest token, and soon repeats itself; a little chance helps.")
@@ -152,11 +153,11 @@ def look_inside(model: TransformerModel, token_ids: Tensor) -> tuple[Tensor, Ten
     layer = model.blocks[-1].attention
     seen: list[Tensor] = []
 
-    def spy(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+    def spy(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         time = key.shape[2]
         unit_vectors = torch.eye(time).expand(*key.shape[:2], time, time)  # (B, K, T, T)
-        seen.append(attention(query, key, unit_vectors))
-        return attention(query, key, value)
+        seen.append(attention(query, key, unit_vectors, **options))
+        return attention(query, key, value, **options)
 
     usual, layer.attention = layer.attention, spy
     logits = model(token_ids)[0, -1]

@@ -15,6 +15,7 @@ import typer
 from sheepop.utils.errors import SheepopError
 from sheepop.utils.files import full_disk_is_a_clear_error
 from sheepop.utils.logging import log
+from sheepop.utils.runtime import wait_politely
 
 app = typer.Typer(
     name="sheepop",
@@ -234,6 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the program and exit with the contract's status; `--debug` anywhere shows the trace of an error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
+    wait_politely()
     run_guarded(lambda: app(args=[word for word in words if word != "--debug"], prog_name="sheepop"), debug=debug)
 
 

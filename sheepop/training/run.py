@@ -18,11 +18,11 @@ from sheepop.training.distributed import World, join_world, wait_for_all
 from sheepop.training.metrics import METRICS_FILE
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.trainer import Run, train
-from sheepop.utils.allocator import keep_freed_memory
 from sheepop.utils.devices import choose_precision, resolve_device
 from sheepop.utils.errors import CheckpointError, ConfigError, DataError
 from sheepop.utils.files import write_json
 from sheepop.utils.logging import format_count, log, warn
+from sheepop.utils.runtime import keep_freed_memory
 from sheepop.utils.seeds import derive_seed
 
 # Settings that a resumed run may change without becoming another run: they say how it is watched, kept and loaded.

@@ -1,12 +1,25 @@
-"""Keep freed memory in the process, so that the next training step need not ask the system for it again."""
+"""How the process deals with memory and with waiting threads; both matter more than one expects on a small CPU."""
 
 import ctypes
+import os
 import platform
 
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 KEEP_BELOW = 2**30  # bytes; larger single blocks still go straight back to the system
 GROW_BY = 64 * 2**20  # bytes
+
+SPIN_COUNT = 10_000  # some microseconds
+
+
+def wait_politely() -> None:
+    """Let idle compute threads spin for microseconds only before they sleep; call before torch is imported.
+
+    GNU OpenMP's threads by default spin for milliseconds at the end of each parallel region. On a core that another
+    program needs, every region then waits for that program's turn to end: one busy neighbour on two cores makes a
+    training step sixteen times slower, instead of five (`docs/log.md`). The user's own setting is kept.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
 
 
 def keep_freed_memory() -> None:

@@ -232,7 +232,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object | Callable[[Mapping[str, 
     # What `sheepop demo` trains: small enough to see many words in two minutes on two cores.
     "demo": {
         "model": {
-            "vocab_size": 1024,
+            "vocab_size": 4096,
             "d_model": 128,
             "num_layers": 4,
             "num_heads": 4,
@@ -241,10 +241,10 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object | Callable[[Mapping[str, 
         },
         "training": {
             "batch_size": 4,
-            "max_minutes": 2.5,
+            "max_minutes": 2.8,
             "learning_rate": 3e-3,
             "min_learning_rate_ratio": 0.02,
-            "warmup_steps": 50,
+            "warmup_steps": 30,
             "log_interval": 50,
             "eval_interval": None,
             "eval_max_tokens": 20_000,

@@ -36,7 +36,7 @@ def run_demo(output: Path, *, minutes: float, device: str, data_dir: Path = Path
     report = write_report(run)
     model, tokenizer = load_model_and_tokenizer(checkpoint, device)
     settings = SamplingSettings(temperature=0.7, top_p=0.95)
-    generation = complete(model, tokenizer, "", settings, max_new_tokens=250, seed=0, num_samples=2)
+    generation = complete(model, tokenizer, "", settings, max_new_tokens=150, seed=0, num_samples=2)
     for number, completion in enumerate(generation.completions, start=1):
         print(f"--- sample {number} ---\n{completion.text.strip()}\n")
     print(
@@ -44,7 +44,7 @@ def run_demo(output: Path, *, minutes: float, device: str, data_dir: Path = Path
         f"{scores['bits_per_byte']:.3f} bits per byte; {scores['accuracy']:.0%} of the next tokens guessed right.\n"
         f"Report with plots: {report}\n\n"
         "Next:\n"
-        f'  sheepop generate --checkpoint {run} --prompt "ROMEO." --temperature 0.8\n'
+        f'  sheepop generate --checkpoint {run} --prompt "ROMEO:" --temperature 0.8\n'
         f"  sheepop chat --checkpoint {run}\n"
         f"  sheepop evaluate --checkpoint {run}\n"
         "  sheepop train --data my_text.txt --output runs/mine --minutes 10"
@@ -53,7 +53,7 @@ def run_demo(output: Path, *, minutes: float, device: str, data_dir: Path = Path
 
 
 def demo_text(data_dir: Path) -> tuple[str, Path]:
-    """Return the name of the demo's corpus and the folder with its text, written on the first call."""
+    """Return the name of the demo's corpus and the folder that its text is written to."""
     try:
         installed_files("plays")
     except DataError as error:
@@ -62,8 +62,7 @@ def demo_text(data_dir: Path) -> tuple[str, Path]:
     else:
         name, corpus = "Shakespeare's plays", "plays"
     folder = data_dir / corpus
-    if not folder.is_dir():
-        write_corpus(corpus, folder)
+    write_corpus(corpus, folder)
     return name, folder
 
 

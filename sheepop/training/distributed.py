@@ -32,6 +32,14 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def local_device(device: torch.device) -> torch.device:
+    """Give each of the processes on one machine a GPU of its own, in the order that `torchrun` numbers them."""
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
 @contextmanager
 def join_world(device: torch.device) -> Iterator[World]:
     """Join the processes that `torchrun` started, if it did, and leave them at the end."""

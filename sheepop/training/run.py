@@ -14,7 +14,7 @@ from sheepop.models.pretrained import read_settings
 from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.checkpoint import TrainingState, find_resume, read_state, restore, sweep_leftovers
-from sheepop.training.distributed import World, join_world, wait_for_all
+from sheepop.training.distributed import World, join_world, local_device, wait_for_all
 from sheepop.training.metrics import METRICS_FILE
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.trainer import Run, train
@@ -79,7 +79,7 @@ def start_run(
             asked = load_config(checkpoint / "config.json", overrides=_save_beside(checkpoint, resume) | overrides)
     if not asked.data.path:
         raise ConfigError("There is no text to train on: name files, folders or a prepared folder with --data PATH.")
-    device = resolve_device(asked.device)
+    device = local_device(resolve_device(asked.device))
     keep_freed_memory()
     run_folder = Path(asked.training.save_dir)
     with join_world(device) as world:

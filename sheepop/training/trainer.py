@@ -92,14 +92,14 @@ def train(run: Run) -> None:
             f"warm-up ({training.warmup_steps} steps) is as long as the whole run ({total_steps} steps), so the "
             "learning rate never comes down; lower training.warmup_steps"
         )
-    elapsed_before, started = state.elapsed_seconds, time.perf_counter()
+    elapsed_before = state.elapsed_seconds
+    started = step_started = time.perf_counter()
     interval_tokens, interval_seconds = 0, 0.0
     overflows = 0
     model.train()
     batches = prefetch(batch_loader(run), state.step, total_steps, config.data.num_workers)
     with stop_signals() as stop:
         for step, micro_batches in enumerate(batches, start=state.step):
-            step_started = time.perf_counter()
             learning_rate = learning_rate_at(step, total_steps, training)
             result = train_step(
                 model,
@@ -175,6 +175,8 @@ def train(run: Run) -> None:
                     "go on with the same command and --resume auto.",
                     stop.signal_number or signal.SIGTERM,
                 )
+            # Loading the next batch belongs to the next step; validating, sampling and saving belong to none.
+            step_started = time.perf_counter()
     if run_log:
         run_log.say(f"trained {state.step} steps, {state.tokens} tokens in {format_duration(state.elapsed_seconds)}")
         run_log.close()

@@ -241,7 +241,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object | Callable[[Mapping[str, 
         },
         "training": {
             "batch_size": 4,
-            "max_minutes": 2.8,
+            "max_minutes": 2.5,
             "learning_rate": 3e-3,
             "min_learning_rate_ratio": 0.02,
             "warmup_steps": 30,

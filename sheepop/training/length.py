@@ -1,6 +1,7 @@
 """How many steps a run has: decided once, before the first, from epochs, steps or minutes."""
 
 import copy
+import statistics
 import time
 from collections.abc import Callable
 
@@ -38,10 +39,10 @@ def steps_in_minutes(
 def measure_seconds_per_step(
     model: TransformerModel, run_step: Callable[[TransformerModel, int], object], *, first_step: int, seconds: float
 ) -> float:
-    """Return the time of a real training step, measured for some `seconds` on a copy that is thrown away.
+    """Return the median time of a real training step, measured for some `seconds` on a copy that is thrown away.
 
-    `run_step(model, step)` makes one step. The first is left out: it pays for allocations. The lower quartile is
-    taken, because other programs can only make a step slower, never faster.
+    `run_step(model, step)` makes one step. The first is left out: it pays for allocations. The median
+    leaves out moments in which another program was busy.
     """
     scratch = copy.deepcopy(model)
     durations: list[float] = []
@@ -52,4 +53,4 @@ def measure_seconds_per_step(
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         durations.append(time.perf_counter() - before)
-    return sorted(durations[1:])[(len(durations) - 1) // 4]
+    return statistics.median(durations[1:])

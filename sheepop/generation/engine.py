@@ -1,6 +1,7 @@
 """Generation with a KV cache: each token costs one position, and all samples advance together as rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -17,6 +18,10 @@ from sheepop.generation.generate import (
 from sheepop.generation.sampling import SamplingSettings, sample_tokens
 from sheepop.models.kv_cache import KVCache
 from sheepop.models.transformer import TransformerModel, inference
+
+# Below this many parameters one token's matrix products are so short that handing them to a second core costs more
+# than it saves (`docs/log.md`).
+SMALL_MODEL = 4_000_000
 
 
 def generate_cached(
@@ -56,7 +61,7 @@ def generate_cached(
     texts: list[list[int]] = [[] for _ in range(num_samples)]
     finish_reasons: list[FinishReason] = ["length"] * num_samples
     cached_from = -1
-    with inference(model):
+    with inference(model), threads_for_decoding(model):
         for length in range(len(prompt), longest):
             start = context_start(length, max_seq_len)
             if start == cached_from:
@@ -83,3 +88,16 @@ def generate_cached(
             if "length" not in finish_reasons:
                 break
     return [Continuation(token_ids, reason) for token_ids, reason in zip(texts, finish_reasons, strict=True)]
+
+
+@contextmanager
+def threads_for_decoding(model: TransformerModel) -> Iterator[None]:
+    """Compute on one core while a small model on a CPU decodes, and on as many as before afterwards."""
+    threads = torch.get_num_threads()
+    is_small = sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
+    if is_small and model.device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -50,7 +50,7 @@ class SettingsCommand(typer.core.TyperCommand):
 
 @app.command()
 def demo(
-    minutes: Annotated[float, typer.Option(help="minutes of training")] = 2.9,
+    minutes: Annotated[float, typer.Option(help="minutes of training")] = 2.8,
     output: Annotated[Path, typer.Option(help="the run's folder")] = Path("runs/demo"),
     device: Device = None,
 ) -> None:

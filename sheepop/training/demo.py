@@ -4,12 +4,12 @@ from pathlib import Path
 
 from sheepop.data.corpora import installed_files, write_corpus
 from sheepop.evaluation.perplexity import evaluate_checkpoint
+from sheepop.evaluation.plots import METRICS_FILE
 from sheepop.evaluation.report import write_report
 from sheepop.generation.completion import complete
 from sheepop.generation.sampling import SamplingSettings
 from sheepop.generation.terminal import load_model_and_tokenizer
 from sheepop.models.pretrained import resolve_checkpoint
-from sheepop.training.metrics import METRICS_FILE
 from sheepop.training.run import start_run
 from sheepop.utils.errors import DataError
 from sheepop.utils.logging import log

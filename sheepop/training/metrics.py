@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sheepop.evaluation.plots import METRICS_FILE
+from sheepop.evaluation.report import SAMPLES_FILE
 from sheepop.utils.errors import ConfigError
 from sheepop.utils.files import write_atomic
 from sheepop.utils.logging import format_count, format_duration, is_terminal, log
-
-METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
 
 
 class RunLog:

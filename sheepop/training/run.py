@@ -10,12 +10,12 @@ from sheepop.config import LENGTH_KEYS, Config, load_config
 from sheepop.data.prepare import Corpus, prepare_on_the_way
 from sheepop.data.sampler import Sampler
 from sheepop.data.tokenizer import Tokenizer
+from sheepop.evaluation.plots import METRICS_FILE
 from sheepop.models.pretrained import read_settings
 from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.checkpoint import TrainingState, find_resume, read_state, restore, sweep_leftovers
 from sheepop.training.distributed import World, join_world, local_device, wait_for_all
-from sheepop.training.metrics import METRICS_FILE
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.trainer import Run, train
 from sheepop.utils.devices import choose_precision, resolve_device

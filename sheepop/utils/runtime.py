@@ -17,7 +17,7 @@ def wait_politely() -> None:
 
     GNU OpenMP's threads by default spin for milliseconds at the end of each parallel region. On a core that another
     program needs, every region then waits for that program's turn to end: one busy neighbour on two cores makes a
-    training step sixteen times slower, instead of five (`docs/log.md`). The user's own setting is kept.
+    training step sixteen times slower, instead of six (`docs/log.md`). The user's own setting is kept.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
 

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sheepop.training.metrics import METRICS_FILE, SAMPLES_FILE, RunLog, keep_lines_until
+from sheepop.evaluation.plots import METRICS_FILE
+from sheepop.evaluation.report import SAMPLES_FILE
+from sheepop.training.metrics import RunLog, keep_lines_until
 
 
 def read_lines(path):

@@ -144,7 +144,7 @@ class TrainingConfig(Section):
     )
     use_amp: bool = Field(True, description="mixed precision where the hardware computes in it")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto follows use_amp and the device"
+        "auto", description="auto follows use_amp, the device and the model's width"
     )
     save_dir: str = Field("checkpoints", min_length=1, description="the run's folder")
     save_interval: PositiveInt | None = Field(None, description="steps between extra checkpoints; null: epochs only")

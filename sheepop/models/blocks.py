@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sheepop.config import ModelConfig
 from sheepop.models.attention import attention
 from sheepop.models.kv_cache import Cache
+from sheepop.models.linear import Linear
 from sheepop.models.optimized_attention import optimized_attention
 from sheepop.models.positions import apply_rotary
 
@@ -29,13 +30,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Linear(nn.Linear):
-    """PyTorch's linear layer without its own initialisation: the model draws all its weights in one place."""
-
-    def reset_parameters(self) -> None:
-        """Leave the memory as it is."""
-
-
 class Embedding(nn.Embedding):
     """PyTorch's embedding without its own initialisation."""
 
@@ -50,17 +44,22 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
     return nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.bias)
 
 
+def drop(hidden: Tensor, share: float) -> Tensor:
+    """Set a share of the entries to zero and scale up the rest (Srivastava et al. 2014); a share of 0 costs nothing."""
+    return F.dropout(hidden, share) if share else hidden
+
+
 @dataclass(frozen=True)
 class Context:
     """What every layer of one forward pass shares.
 
     Attributes:
-        rotary: cosines and sines of the positions at hand, each (T, 1, C); None for other positions.
+        rotary: cosines and sines of the positions at hand, (T, H+K, C/2, 2); None for other positions.
         document_ids: (B, S), or None.
         cache: keys and values of earlier tokens, or None.
     """
 
-    rotary: tuple[Tensor, Tensor] | None = None
+    rotary: Tensor | None = None
     document_ids: Tensor | None = None
     cache: Cache | None = None
 
@@ -87,18 +86,14 @@ class MultiHeadAttention(nn.Module):
         batch, time, _ = hidden.shape
         H, K = self.num_heads, self.num_kv_heads
         projected = self.query_key_value(hidden).view(batch, time, H + 2 * K, self.head_dim)  # (B, T, H+2K, C)
-        value = projected[:, :, H + K :]
+        query_key, value = projected.split((H + K, K), dim=2)
         if self.query_norm is not None and self.key_norm is not None:
-            query_key = torch.cat((self.query_norm(projected[:, :, :H]), self.key_norm(projected[:, :, H : H + K])), 2)
-        else:
-            query_key = projected[:, :, : H + K]
+            query, key = query_key.split((H, K), dim=2)
+            query_key = torch.cat((self.query_norm(query), self.key_norm(key)), dim=2)
         if context.rotary is not None:
-            query_key = apply_rotary(query_key, *context.rotary)  # queries and keys turn together: half the calls
-        query, key, value = (
-            query_key[:, :, :H].transpose(1, 2),  # (B, H, T, C)
-            query_key[:, :, H:].transpose(1, 2),  # (B, K, T, C)
-            value.transpose(1, 2),
-        )
+            query_key = apply_rotary(query_key, context.rotary)  # queries and keys turn together: half the calls
+        query, key = query_key.transpose(1, 2).split((H, K), dim=1)  # (B, H, T, C) and (B, K, T, C)
+        value = value.transpose(1, 2)  # (B, K, T, C)
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value)  # (B, K, S, C)
         mixed = self.attention(
@@ -143,9 +138,10 @@ class TransformerBlock(nn.Module):
         self.attention = MultiHeadAttention(config, layer)
         self.feed_forward_norm = make_norm(config, config.d_model)
         self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), context))
-        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))  # type: ignore[no-any-return]
+        dropout = self.dropout if self.training else 0.0
+        hidden = hidden + drop(self.attention(self.attention_norm(hidden), context), dropout)
+        return hidden + drop(self.feed_forward(self.feed_forward_norm(hidden)), dropout)

@@ -4,6 +4,7 @@ Learned positions are an embedding table in the model itself.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,23 +59,56 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     return frequencies, 1.0
 
 
-def rotary_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines, each (length, head_dim), in the layout that `apply_rotary` expects.
-
-    The first half of a head is paired with the second (the pairing of GPT-NeoX and Llama in `transformers`), so
-    each angle stands twice; the sines of the first half are negated here, once, instead of in every layer.
-    """
+def rotary_table(config: ModelConfig, length: int) -> Tensor:
+    """Return the cosine and sine of each pair's angle at each position, (length, C/2, 2), for `apply_rotary`."""
     frequencies, factor = rotary_frequencies(config)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies  # (T, C/2)
-    cosines, sines = angles.cos() * factor, angles.sin() * factor
-    return torch.cat((cosines, cosines), dim=-1).float(), torch.cat((-sines, sines), dim=-1).float()
+    return (torch.stack((angles.cos(), angles.sin()), dim=-1) * factor).float()
 
 
-def apply_rotary(vectors: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn each pair (i, i + C/2) of `vectors` (..., C) by the angle of its position.
+def apply_rotary(vectors: Tensor, table: Tensor) -> Tensor:
+    """Turn each pair (2i, 2i + 1) of `vectors` (..., C) by the angle of its position.
 
-    `cosines` and `sines` come from `rotary_tables` and broadcast against `vectors`.
+    Neighbours make a pair, as in the paper, Llama's own code and GGUF; GPT-NeoX and `transformers` pair i with
+    i + C/2, which is the same network with the rows of the query and key projections in another order.
+
+    Args:
+        table: (..., C/2, 2) from `rotary_table`, broadcast against `vectors`; it gets no gradient.
     """
-    half = vectors.shape[-1] // 2
-    swapped = torch.cat((vectors[..., half:], vectors[..., :half]), dim=-1)
-    return torch.addcmul(vectors * cosines, swapped, sines)
+    return Rotation.apply(vectors, table)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back, which is cheaper than what autograd finds on its own."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, table: Tensor) -> Tensor:
+        """Turn the pairs of `vectors`."""
+        ctx.save_for_backward(table)
+        return turn(vectors, table, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Turn the gradient back."""
+        (table,) = ctx.saved_tensors
+        return turn(gradient, table, back=True), None
+
+
+def turn(vectors: Tensor, table: Tensor, *, back: bool) -> Tensor:
+    """Turn the pairs of `vectors` (..., C) by the angles of `table` (..., C/2, 2), or back by them.
+
+    A pair is a complex number and a rotation a product of two, which in eager mode reads and writes everything once
+    instead of three times. Compilers know little of complex numbers, and there are no complex bfloat16 ones.
+    """
+    if vectors.dtype == table.dtype == torch.float32 and not torch.compiler.is_compiling():
+        if vectors.stride(-1) != 1:
+            vectors = vectors.contiguous()
+        rotations = torch.view_as_complex(table)
+        pairs = torch.view_as_complex(vectors.view(*vectors.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * (rotations.conj() if back else rotations)).flatten(-2)
+    cosines, sines = table.unbind(-1)
+    if back:
+        sines = -sines
+    first, second = vectors[..., 0::2], vectors[..., 1::2]  # (..., C/2) each
+    turned = torch.stack((first * cosines - second * sines, first * sines + second * cosines), dim=-1)
+    return turned.flatten(-2).to(vectors.dtype)

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sheepop.config import ModelConfig
-from sheepop.models.blocks import Context, Embedding, Linear, TransformerBlock, make_norm
+from sheepop.models.blocks import Context, Embedding, TransformerBlock, drop, make_norm
 from sheepop.models.kv_cache import KVCache
-from sheepop.models.positions import rotary_tables, sinusoidal_table
+from sheepop.models.linear import Linear, linear
+from sheepop.models.positions import rotary_table, sinusoidal_table
 
 
 class TransformerModel(nn.Module):
@@ -20,8 +20,7 @@ class TransformerModel(nn.Module):
     With `initialize=False` the weights are whatever the memory held, to be loaded.
     """
 
-    rotary_cosines: Tensor
-    rotary_sines: Tensor
+    rotary: Tensor
     sinusoidal: Tensor
 
     def __init__(self, config: ModelConfig, *, initialize: bool = True) -> None:
@@ -34,10 +33,7 @@ class TransformerModel(nn.Module):
             table = sinusoidal_table(config.max_seq_len, config.d_model)
             self.register_buffer("sinusoidal", table, persistent=False)
         elif config.positions == "rotary":
-            cosines, sines = rotary_tables(config, config.max_seq_len)
-            self.register_buffer("rotary_cosines", cosines, persistent=False)
-            self.register_buffer("rotary_sines", sines, persistent=False)
-        self.dropout = nn.Dropout(config.dropout)
+            self.register_buffer("rotary", rotary_table(config, config.max_seq_len), persistent=False)
         self.blocks = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.num_layers))
         self.final_norm = make_norm(config, config.d_model)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
@@ -81,7 +77,7 @@ class TransformerModel(nn.Module):
         hidden = self.hidden_states(token_ids, document_ids=document_ids, cache=cache)
         if last_only:
             hidden = hidden[:, -1:]
-        return F.linear(hidden, self.head.weight)  # (B, T, V)
+        return linear(hidden, self.head.weight)  # (B, T, V)
 
     def hidden_states(
         self, token_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None
@@ -93,10 +89,13 @@ class TransformerModel(nn.Module):
             raise ValueError(f"the model sees at most {self.config.max_seq_len} tokens, not {end}")
         if document_ids is not None and cache is not None:
             raise ValueError("document_ids and a cache do not go together: a cache holds one document a row")
-        hidden = self.dropout(self._embed(token_ids, start, document_ids))  # (B, T, D)
+        dropout = self.config.dropout if self.training else 0.0
+        hidden = drop(self._embed(token_ids, start, document_ids), dropout)  # (B, T, D)
         rotary = None
         if self.config.positions == "rotary":
-            rotary = (self.rotary_cosines[start:end, None], self.rotary_sines[start:end, None])  # (T, 1, C)
+            # Repeated for each head, once for all layers: products with rows that lie in one piece are faster.
+            heads = self.config.num_heads + self.config.num_kv_heads
+            rotary = self.rotary[start:end, None].expand(-1, heads, -1, -1).contiguous()  # (T, H+K, C/2, 2)
         context = Context(rotary=rotary, document_ids=document_ids, cache=cache)
         for block in self.blocks:
             hidden = block(hidden, context)

@@ -172,7 +172,9 @@ def set_up(config: Config, corpus: Corpus, *, device: torch.device, world: World
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         seed=config.seed,
     )
-    precision = choose_precision(device, use_amp=training.use_amp, asked=training.precision)
+    precision = choose_precision(
+        device, use_amp=training.use_amp, d_model=config.model.d_model, asked=training.precision
+    )
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = TransformerModel(config.model).to(device)
     return Run(

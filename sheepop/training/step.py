@@ -73,7 +73,8 @@ def train_step(
     for batch in micro_batches:
         # Dropout depends on where in training we are and on nothing else: not on what ran before, nor on which
         # process runs it.
-        torch.manual_seed(derive_seed(seed, "dropout", step, batch.index))
+        if model.config.dropout:
+            torch.manual_seed(derive_seed(seed, "dropout", step, batch.index))
         with torch.autocast(device.type, dtype=precision.autocast_dtype, enabled=precision.autocast_dtype is not None):
             logits = model(batch.token_ids, document_ids=batch.document_ids)  # (B, T, V)
         loss = summed_cross_entropy(logits, batch.targets) / num_targets
@@ -84,7 +85,10 @@ def train_step(
 
     scaler.unscale_(optimizer)
     limit = float("inf") if training.max_grad_norm is None else training.max_grad_norm
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    if grad_norm > limit:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, grad_norm)
     is_finite = bool(torch.isfinite(loss_sum) & torch.isfinite(grad_norm))
     if is_finite:
         for group in optimizer.param_groups:

@@ -49,11 +49,15 @@ BF16 = Precision("bf16", torch.bfloat16, False)
 FP16 = Precision("fp16", torch.float16, True)
 
 
-def choose_precision(device: torch.device, *, use_amp: bool, asked: str = "auto") -> Precision:
-    """Return the precision of training on `device`.
+# On a CPU with bf16 instructions, narrower models lose more to the conversions than they gain (`docs/log.md`).
+LEAST_WIDTH_FOR_CPU_BF16 = 256
 
-    `auto` with `use_amp` is bf16 where the hardware computes in it, else fp16 with loss scaling on a GPU, else
-    fp32: a CPU without bf16 instructions would emulate them, several times slower than fp32.
+
+def choose_precision(device: torch.device, *, use_amp: bool, d_model: int, asked: str = "auto") -> Precision:
+    """Return the precision of training a model of width `d_model` on `device`.
+
+    `auto` with `use_amp` is bf16 where the hardware computes in it and that is faster, else fp16 with loss scaling on
+    a GPU, else fp32: a CPU without bf16 instructions would emulate them, several times slower than fp32.
 
     Raises:
         ConfigError: fp16 was asked for on a CPU, whose kernels do not train in it.
@@ -67,7 +71,7 @@ def choose_precision(device: torch.device, *, use_amp: bool, asked: str = "auto"
         return FP32
     if device.type == "cuda":
         return BF16 if torch.cuda.is_bf16_supported(including_emulation=False) else FP16
-    return BF16 if cpu_has_bf16() else FP32
+    return BF16 if cpu_has_bf16() and d_model >= LEAST_WIDTH_FOR_CPU_BF16 else FP32
 
 
 def cpu_has_bf16() -> bool:

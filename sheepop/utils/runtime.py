@@ -9,11 +9,11 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 KEEP_BELOW = 2**30  # bytes; larger single blocks still go straight back to the system
 GROW_BY = 64 * 2**20  # bytes
 
-SPIN_COUNT = 10_000  # some microseconds
+SPIN_COUNT = 30_000  # some hundred microseconds
 
 
 def wait_politely() -> None:
-    """Let idle compute threads spin for microseconds only before they sleep; call before torch is imported.
+    """Let idle compute threads spin for a part of a millisecond only before they sleep; call before torch is imported.
 
     GNU OpenMP's threads by default spin for milliseconds at the end of each parallel region. On a core that another
     program needs, every region then waits for that program's turn to end: one busy neighbour on two cores makes a

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sheepop.config import ModelConfig
-from sheepop.models.positions import apply_rotary, rotary_frequencies, rotary_tables, sinusoidal_table
+from sheepop.models.positions import apply_rotary, rotary_frequencies, rotary_table, sinusoidal_table, turn
 
 
 def config(**changes):
@@ -21,28 +21,48 @@ def test_sinusoidal_entries_are_the_papers():
 
 
 def test_rotary_turns_each_pair_by_its_angle():
-    cosines, sines = rotary_tables(config(), 20)
+    table = rotary_table(config(), 20)
     vector = torch.randn(12, generator=torch.Generator().manual_seed(1))
-    turned = apply_rotary(vector, cosines[13], sines[13])
+    turned = apply_rotary(vector, table[13])
     for pair in range(6):
         angle = 13 * 10000 ** (-2 * pair / 12)
-        x, y = float(vector[pair]), float(vector[pair + 6])
-        assert turned[pair] == pytest.approx(x * math.cos(angle) - y * math.sin(angle), abs=1e-5)
-        assert turned[pair + 6] == pytest.approx(x * math.sin(angle) + y * math.cos(angle), abs=1e-5)
+        x, y = float(vector[2 * pair]), float(vector[2 * pair + 1])
+        assert turned[2 * pair] == pytest.approx(x * math.cos(angle) - y * math.sin(angle), abs=1e-5)
+        assert turned[2 * pair + 1] == pytest.approx(x * math.sin(angle) + y * math.cos(angle), abs=1e-5)
 
 
 def test_rotary_scores_depend_on_distance_alone():
-    cosines, sines = rotary_tables(config(), 64)
+    table = rotary_table(config(), 64)
     query, key = torch.randn(2, 12, generator=torch.Generator().manual_seed(2))
 
     def score(query_position, key_position):
-        return float(
-            apply_rotary(query, cosines[query_position], sines[query_position])
-            @ apply_rotary(key, cosines[key_position], sines[key_position])
-        )
+        return float(apply_rotary(query, table[query_position]) @ apply_rotary(key, table[key_position]))
 
     assert score(9, 4) == pytest.approx(score(60, 55), abs=1e-4)
     assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-2)
+
+
+def test_the_gradient_of_a_rotation_is_autograds():
+    table = rotary_table(config(), 7)[:, None]
+    generator = torch.Generator().manual_seed(3)
+    vectors = torch.randn(2, 7, 3, 12, generator=generator, requires_grad=True)
+    weights = torch.randn(2, 7, 3, 12, generator=generator)
+    (by_hand,) = torch.autograd.grad((apply_rotary(vectors, table) * weights).sum(), vectors)
+    (by_autograd,) = torch.autograd.grad((turn(vectors, table, back=False) * weights).sum(), vectors)
+    torch.testing.assert_close(by_hand, by_autograd)
+    (of_a_sum,) = torch.autograd.grad(apply_rotary(vectors, table).sum(), vectors)  # a gradient without strides
+    torch.testing.assert_close(of_a_sum, turn(torch.ones(2, 7, 3, 12), table, back=True))
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_rotation_in_real_numbers_equals_the_complex_one(back):
+    table = rotary_table(config(), 7)[:, None]
+    vectors = torch.randn(2, 7, 3, 12, generator=torch.Generator().manual_seed(4))
+    by_complex = turn(vectors, table, back=back)
+    torch.testing.assert_close(turn(vectors.double(), table, back=back), by_complex.double(), rtol=1e-6, atol=1e-6)
+    halves = turn(vectors.bfloat16(), table, back=back)
+    assert halves.dtype == torch.bfloat16
+    torch.testing.assert_close(halves.float(), by_complex, rtol=0.02, atol=0.02)
 
 
 def test_linear_scaling_divides_every_frequency():

@@ -35,11 +35,12 @@ def test_a_missing_device_is_an_error_that_says_what_is_there(name):
 
 
 def test_precision_on_a_cpu():
-    assert choose_precision(CPU, use_amp=False).name == "fp32"
-    assert choose_precision(CPU, use_amp=True).name == ("bf16" if cpu_has_bf16() else "fp32")
-    assert choose_precision(CPU, use_amp=True, asked="bf16").autocast_dtype == torch.bfloat16
+    assert choose_precision(CPU, use_amp=False, d_model=512).name == "fp32"
+    assert choose_precision(CPU, use_amp=True, d_model=512).name == ("bf16" if cpu_has_bf16() else "fp32")
+    assert choose_precision(CPU, use_amp=True, d_model=128).name == "fp32"
+    assert choose_precision(CPU, use_amp=True, d_model=128, asked="bf16").autocast_dtype == torch.bfloat16
     with pytest.raises(ConfigError, match="fp16"):
-        choose_precision(CPU, use_amp=True, asked="fp16")
+        choose_precision(CPU, use_amp=True, d_model=128, asked="fp16")
 
 
 def test_peak_is_a_plausible_number():

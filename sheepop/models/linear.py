@@ -1,0 +1,78 @@
+"""The linear layer, through the faster of the two matrix libraries that PyTorch carries for the CPU.
+
+PyTorch sends fp32 products to MKL, which holds back on processors that its maker did not build: on an AMD EPYC the
+oneDNN library beside it takes 10 to 35 % less time for the same product (`docs/log.md`).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# oneDNN's calls cost some 30 microseconds more, which pays from about these sizes on (`benchmarks/linear.py`).
+LEAST_PRODUCTS = 2**23  # multiplications of the forward pass
+LEAST_WEIGHTS = 2**18  # entries of the weight, for the gradient that has its shape
+
+
+class Linear(nn.Linear):
+    """PyTorch's linear layer, without its own initialisation: the model draws all its weights in one place."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (..., I) to (..., O)."""
+        return linear(hidden, self.weight, self.bias)
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `torch.nn.functional.linear(hidden, weight, bias)` within rounding: (..., I) to (..., O)."""
+    if prefers_onednn(hidden, weight):
+        return OneDNNLinear.apply(hidden, weight, bias)  # type: ignore[no-untyped-call, no-any-return]
+    return F.linear(hidden, weight, bias)
+
+
+def prefers_onednn(hidden: Tensor, weight: Tensor) -> bool:
+    """Say whether oneDNN is there and the product is large enough for it: fp32 on a CPU, no autocast, eager."""
+    return (
+        hidden.device.type == "cpu"
+        and hidden.dtype == weight.dtype == torch.float32
+        and (hidden.numel() // hidden.shape[-1]) * weight.numel() >= LEAST_PRODUCTS
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return left (..., I) times the transpose of right (O, I), plus a bias (O,)."""
+    return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """A linear layer by oneDNN, forward and backward; its stock PyTorch operator has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Map (..., I) to (..., O)."""
+        ctx.save_for_backward(hidden, weight)
+        return onednn_product(hidden, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of hidden, weight and bias, for the gradient (..., O) of what came out."""
+        hidden, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)  # (N, O)
+        hidden_gradient = weight_gradient = bias_gradient = None
+        if ctx.needs_input_grad[0]:
+            hidden_gradient = onednn_product(gradient, weight.t())
+        if ctx.needs_input_grad[1]:
+            inputs = hidden.flatten(0, -2)  # (N, I)
+            if weight.numel() >= LEAST_WEIGHTS:
+                weight_gradient = onednn_product(inputs.t(), rows.t()).t()
+            else:
+                weight_gradient = rows.t() @ inputs
+        if ctx.needs_input_grad[2]:
+            bias_gradient = rows.sum(0)
+        return hidden_gradient, weight_gradient, bias_gradient

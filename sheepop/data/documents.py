@@ -1,82 +1,159 @@
 """Files and folders → documents, one at a time, so that a corpus need not fit into memory."""
 
-import codecs
-import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import BinaryIO
 
+from sheepop.data.archives import MAX_DEPTH, Budget, decompressed, seekable, tar_members, zip_members
+from sheepop.data.encodings import TextStream
+from sheepop.data.formats import text_of_html, text_of_image, text_of_pdf, texts_of_xml
+from sheepop.data.kinds import HEAD_BYTES, inner_name, kind_of
+from sheepop.data.records import (
+    Report,
+    records_of_csv,
+    records_of_json,
+    records_of_json_lines,
+    texts_of_parquet,
+    texts_of_records,
+)
+from sheepop.data.splitting import split_at, split_stream
 from sheepop.utils.errors import DataError
-from sheepop.utils.logging import warn
+from sheepop.utils.logging import log, warn
 
-BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
-TEXT_FIELD = "text"
+__all__ = ["Document", "documents_of_file", "iter_documents", "list_files", "read_text", "split_at"]
+
 # A folder with all of these is a prepared corpus: its files are made from text, and are not text to read.
 PREPARED_FILES = frozenset({"manifest.json", "tokenizer.json", "train.bin"})
+MAX_LISTED = 20
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text that stands alone, and the file that it came from."""
+    """A text that stands alone, where it came from, and the encoding that it was in.
+
+    `source` is the path of the file, and for what is in an archive `a.zip!inner/b.txt`.
+    """
 
     text: str
     source: str
+    encoding: str = "utf-8"
 
 
-def list_files(sources: Sequence[Path]) -> list[Path]:
+def list_files(
+    sources: Sequence[Path],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    unreadable: list[str] | None = None,
+) -> list[Path]:
     """Return the files that the sources name, each once, folders searched recursively in sorted order.
 
     Hidden files and folders and prepared corpora are left out, and links to folders are not followed, so loops end.
+    Patterns like `*.md` or `notes/*` are compared with the path inside of the source and with the file's name; those of
+    `exclude` also with each folder on the way. Folders that cannot be opened are appended to `unreadable` with the
+    reason, or without such a list warned of.
 
     Raises:
-        DataError: a source does not exist, or there is no file in any of them.
+        DataError: a source does not exist or cannot be opened, or there is no file in any of them.
     """
     files: list[Path] = []
     for source in sources:
         if source.is_dir():
-            for folder, folders, names in os.walk(source):
-                if set(names) >= PREPARED_FILES:
-                    folders.clear()
-                    continue
-                folders[:] = sorted(name for name in folders if not name.startswith("."))
-                found = (Path(folder) / name for name in sorted(names) if not name.startswith("."))
-                files.extend(path for path in found if path.is_file())
+            files.extend(_files_in(source, include, exclude, unreadable))
         elif source.is_file():
-            files.append(source)
+            if _is_wanted(source.name, include, exclude):
+                files.append(source)
         else:
             raise DataError(
                 f"There is no file or folder {source}. Check the path; it is read as seen from {Path.cwd()}."
             )
     if not files:
         named = ", ".join(map(str, sources)) or "nothing"
-        raise DataError(f"There are no files in {named}. Name text files, or folders that hold some.")
+        patterns = " that the patterns leave" if include or exclude else ""
+        raise DataError(f"There are no files in {named}{patterns}. Name text files, or folders that hold some.")
     return list({path.resolve(): path for path in reversed(files)}.values())[::-1]
 
 
-def iter_documents(sources: Sequence[Path], *, separator: str | None) -> Iterator[Document]:
-    """Yield the documents of all files in order; a file is one document, or several where `separator` stands in it.
+def documents_of_file(
+    path: Path, *, separator: str | None, strict: bool = False, skipped: list[str] | None = None
+) -> Iterator[Document]:
+    """Yield the documents of one file of any kind; plain text is split at `separator`, and cut where it is too long.
 
-    `.jsonl` files hold one document a line, in the field "text". Files without text inside a folder are skipped with
-    a warning, since folders hold all kinds of things; a file that was named must be text.
+    What cannot be read inside of it (a member of an archive, a line of JSONL) is left out; the reason is appended to
+    `skipped`, or without such a list warned of. With `strict` it is an error.
 
     Raises:
-        DataError: a source is missing, is not text, or all of them are empty.
+        DataError: the file cannot be read, or nothing in it. It may come behind documents that were read before the
+            damage.
     """
+    source = str(path)
+
+    def report(message: str) -> None:
+        if strict:
+            raise DataError(message)
+        if skipped is None:
+            warn(message)
+        else:
+            skipped.append(message)
+
+    try:
+        stream = path.open("rb", buffering=HEAD_BYTES)
+        with stream:
+            before = os.fstat(stream.fileno())
+            yield from _documents(path.name, source, stream, separator, Budget(source, before.st_size), report)
+            after = path.stat()
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error.strerror or error}.") from None
+    if (before.st_mtime_ns, before.st_size, before.st_ino) != (after.st_mtime_ns, after.st_size, after.st_ino):
+        raise DataError(f"{source} changed while it was read. Wait until it is written, and start again.")
+
+
+def iter_documents(
+    sources: Sequence[Path],
+    *,
+    separator: str | None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    strict: bool = False,
+    skipped: list[str] | None = None,
+) -> Iterator[Document]:
+    """Yield the documents of all files in order, as `documents_of_file` does, which files `list_files` tells.
+
+    Files in folders that cannot be read are skipped, since folders hold all kinds of things; they are listed with the
+    reason at the end, and appended to `skipped`. A file that was named itself must be readable.
+
+    Raises:
+        DataError: a source is missing, a file that was named or with `strict` any file cannot be read, or there is no
+            text in all of them.
+    """
+    skipped = [] if skipped is None else skipped
+    already = len(skipped)
     named = {source for source in sources if source.is_file()}
+    encodings: Counter[str] = Counter()
     is_empty = True
-    for path in list_files(sources):
+    files = list_files(sources, include=include, exclude=exclude, unreadable=skipped)
+    if strict and skipped[already:]:
+        raise DataError(skipped[already])
+    for path in files:
+        count = 0
+        encoding = "utf-8"
         try:
-            texts = _texts_of_file(path)
+            for document in documents_of_file(path, separator=separator, strict=strict, skipped=skipped):
+                count += 1
+                encoding = document.encoding
+                yield document
         except DataError as error:
-            if path in named:
+            if strict or path in named:
                 raise
-            warn(f"skipped: {error}")
-            continue
-        for text in texts:
-            for piece in split_at(text, separator):
-                is_empty = False
-                yield Document(piece, str(path))
+            skipped.append(f"{error} (The {count:,} documents before that are used.)" if count else str(error))
+        is_empty = is_empty and not count
+        encodings[encoding] += 1
+    _say_what_was_found(encodings, skipped[already:])
     if is_empty:
         raise DataError(
             f"There is no text in {', '.join(map(str, sources))}: the files are empty or none of them is text. "
@@ -84,54 +161,148 @@ def iter_documents(sources: Sequence[Path], *, separator: str | None) -> Iterato
         )
 
 
-def split_at(text: str, separator: str | None) -> list[str]:
-    """Split a file's text into documents; line breaks around a separator and empty pieces belong to none of them."""
-    if not separator or separator not in text:
-        return [text] if text.strip() else []
-    return [piece.strip("\r\n") for piece in text.split(separator) if piece.strip()]
-
-
 def read_text(path: Path) -> str:
-    """Read a text file: UTF-8, or UTF-16 where it begins with a byte order mark. Line ends are kept as they are.
+    """Read a text file as one string, in the encoding that it is in. Line ends are kept as they are.
 
     Raises:
         DataError: the file cannot be read or is not text; says at which byte.
     """
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as stream:
+            return "".join(TextStream(stream, str(path)))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
-    encoding = "utf-8"
-    for mark, name in BYTE_ORDER_MARKS:
-        if raw.startswith(mark):
-            raw, encoding = raw[len(mark) :], name
-            break
-    advice = "Save it as UTF-8 text (for instance with `iconv -f LATIN1 -t UTF-8`), or leave it out."
-    if encoding == "utf-8" and b"\0" in raw:
-        raise DataError(f"{path} is not text: there is a zero byte at offset {raw.index(0)}. {advice}")
-    try:
-        return raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not {encoding.upper()} text: the byte 0x{raw[error.start]:02x} at offset {error.start} does "
-            f"not fit. {advice}"
-        ) from None
 
 
-def _texts_of_file(path: Path) -> list[str]:
-    text = read_text(path)
-    if path.suffix != ".jsonl":
-        return [text]
-    texts = []
-    for number, line in enumerate(text.split("\n"), start=1):  # a JSON string may hold the other line ends of Unicode
-        if not line.strip():
+def _files_in(
+    source: Path, include: Sequence[str], exclude: Sequence[str], unreadable: list[str] | None
+) -> Iterator[Path]:
+    def explain(error: OSError) -> None:
+        message = f"The folder {error.filename} cannot be opened: {error.strerror}."
+        if Path(error.filename) == source:
+            raise DataError(message)
+        if unreadable is None:
+            warn(message)
+        else:
+            unreadable.append(message)
+
+    for folder, folders, names in os.walk(source, onerror=explain):
+        if set(names) >= PREPARED_FILES:
+            folders.clear()
             continue
+        inside = Path(folder).relative_to(source)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and not _matches((inside / name).as_posix(), exclude)
+        )
+        for name in sorted(names):
+            path = Path(folder) / name
+            wanted = not name.startswith(".") and _is_wanted((inside / name).as_posix(), include, exclude)
+            if wanted and path.is_file():
+                yield path
+
+
+def _is_wanted(relative: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    return (not include or _matches(relative, include)) and not _matches(relative, exclude)
+
+
+def _matches(relative: str, patterns: Sequence[str]) -> bool:
+    name = relative.rpartition("/")[2]
+    return any(
+        fnmatchcase(relative, form) or fnmatchcase(name, form)
+        for pattern in patterns
+        for form in (pattern, pattern.removeprefix("**/").rstrip("/"))
+    )
+
+
+def _documents(
+    name: str, source: str, stream: BinaryIO, separator: str | None, budget: Budget, report: Report, depth: int = 0
+) -> Iterator[Document]:
+    """Yield the documents of a stream of any kind; `name` is what its ending is read from."""
+    head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]  # type: ignore[attr-defined]  # every stream here is buffered
+    kind = kind_of(name, head)
+    if depth > MAX_DEPTH:
+        raise DataError(f"{source} is packed more than {MAX_DEPTH} times over. Unpack it, and name the files.")
+    if kind in ("gzip", "zstd", "xz", "bzip2"):
+        inner = decompressed(stream, kind, source, budget)
+        yield from _documents(inner_name(name), source, inner, separator, budget, report, depth + 1)
+    elif kind in ("zip", "tar"):
+        if kind == "zip":
+            with closing(seekable(stream, source)) as file:
+                yield from _documents_of_members(
+                    zip_members(file, source, budget), source, separator, budget, report, depth
+                )
+        else:
+            yield from _documents_of_members(tar_members(stream, source), source, separator, budget, report, depth)
+    elif kind == "text":
+        text = TextStream(stream, source)
+        for piece in split_stream(text, separator, source):
+            yield Document(piece, source, text.encoding)
+    elif kind == "xml":
+        for piece in split_stream(texts_of_xml(stream, source), separator, source):
+            yield Document(piece, source)
+    else:
+        for whole, encoding in _texts(kind, name, source, stream, head, report):
+            for piece in split_at(whole, separator):
+                yield Document(piece, source, encoding)
+
+
+def _documents_of_members(
+    members: Iterator[tuple[str, BinaryIO]],
+    source: str,
+    separator: str | None,
+    budget: Budget,
+    report: Report,
+    depth: int,
+) -> Iterator[Document]:
+    is_readable = False
+    reason = None
+    for name, stream in members:
         try:
-            document = json.loads(line)[TEXT_FIELD]
-            document.encode("utf-8")  # an escape can name half of a surrogate pair, which is no character
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise DataError(
-                f'{path} line {number} is not a JSON object with a text in "{TEXT_FIELD}". Mend the line, or remove it.'
-            ) from None
-        texts.append(document)
-    return texts
+            yield from _documents(
+                name.rpartition("/")[2], f"{source}!{name}", stream, separator, budget, report, depth + 1
+            )
+            is_readable = True
+        except DataError as error:
+            if budget.used > budget.limit:
+                raise
+            report(str(error))
+            reason = reason or error
+    if reason and not is_readable:
+        raise DataError(f"{source} holds nothing that can be read. The first reason: {reason}")
+
+
+def _texts(
+    kind: str, name: str, source: str, stream: BinaryIO, head: bytes, report: Report
+) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a file that is not plain text, each with its encoding."""
+    if kind == "html":
+        yield text_of_html(stream, source)
+    elif kind == "jsonl":
+        for text in texts_of_records(records_of_json_lines(stream, head, source), source, "line", report):
+            yield text, "utf-8"
+    elif kind in ("csv", "json"):
+        decoded = TextStream(stream, source)
+        is_table = kind == "csv"
+        records = records_of_csv(decoded, name, source) if is_table else records_of_json(decoded, source)
+        for text in texts_of_records(records, source, "row" if is_table else "value", report):
+            yield text, decoded.encoding
+    else:
+        with closing(seekable(stream, source)) as file:
+            if kind == "parquet":
+                for text in texts_of_parquet(file, source):
+                    yield text, "utf-8"
+            else:
+                yield (text_of_pdf if kind == "pdf" else text_of_image)(file, source), "utf-8"
+
+
+def _say_what_was_found(encodings: Counter[str], skipped: Sequence[str]) -> None:
+    others = {name: count for name, count in encodings.items() if name != "utf-8"}
+    if others:
+        found = ", ".join(f"{count} {name}" for name, count in sorted(others.items()))
+        log(f"encodings other than UTF-8 were found in {sum(others.values())} files: {found}.")
+    if skipped:
+        warn(f"left out because it could not be read, {len(skipped)} in all:")
+        for reason in skipped[:MAX_LISTED]:
+            log(f"  {reason}")
+        if len(skipped) > MAX_LISTED:
+            log(f"  and {len(skipped) - MAX_LISTED} more.")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sheepop.data.documents import Document, iter_documents, list_files
+from sheepop.data.documents import Document, documents_of_file, iter_documents, list_files
 from sheepop.utils.errors import DataError
 
 SEPARATOR = "<|endoftext|>"
@@ -90,12 +90,29 @@ def test_json_lines_have_a_document_a_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ['{"text": "half', r'{"text": "\ud800"}', '{"body": "x"}', '["text"]', '"text"', '{"text": null}', '{"text": 3}'],
+    [
+        '{"text": "half',
+        r'{"text": "\ud800"}',
+        '{"body": 4}',
+        '["text"]',
+        "7",
+        '{"text": null}',
+        '{"text": 3}',
+        "\xff",
+    ],
 )
-def test_a_bad_json_line_is_an_error_with_its_number(tmp_path: Path, line: str) -> None:
+def test_bad_json_lines_are_counted_and_the_first_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_text(f'{{"text": "good"}}\n{line}\n')
-    with pytest.raises(DataError, match=r"line 2"):
+    file.write_bytes(f'{{"text": "good"}}\n{line}\n{{"text": "too"}}\n{line}\n'.encode("latin-1"))
+    skipped: list[str] = []
+    assert [d.text for d in iter_documents([file], separator=None, skipped=skipped)] == ["good", "too"]
+    assert len(skipped) == 1
+    assert "2 of its lines" in skipped[0]
+    assert "line 2" in skipped[0]
+    with pytest.raises(DataError, match="line 2"):
+        list(iter_documents([file], separator=None, strict=True))
+    file.write_bytes(f"{line}\n{line}\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.jsonl.*(line 1|columns: body|no column)"):
         texts(file)
 
 
@@ -122,3 +139,61 @@ def test_a_prepared_corpus_in_a_folder_is_not_read_as_text(tmp_path: Path) -> No
 def test_a_file_named_twice_is_read_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     assert texts(tmp_path / "a.txt", tmp_path) == ["text"]
+
+
+def test_patterns_choose_files(tmp_path: Path) -> None:
+    for name in ("a.md", "b.py", "notes/c.md", "notes/deep/d.md", "node_modules/e.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+
+    def found(**patterns: list[str]) -> list[str]:
+        return [path.relative_to(tmp_path).as_posix() for path in list_files([tmp_path], **patterns)]
+
+    assert found(include=["*.md"], exclude=["node_modules"]) == ["a.md", "notes/c.md", "notes/deep/d.md"]
+    assert found(include=["notes/*"]) == ["notes/c.md", "notes/deep/d.md"]
+    assert found(include=["**/*.md"], exclude=["notes/deep/", "node_*/*"]) == ["a.md", "notes/c.md"]
+    with pytest.raises(DataError, match="patterns"):
+        found(include=["*.rs"])
+    assert [d.text for d in iter_documents([tmp_path], separator=None, include=["b.py"])] == ["text"]
+
+
+def test_strict_makes_an_unreadable_file_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").write_bytes(b"no\0text")
+    skipped: list[str] = []
+    assert [d.text for d in iter_documents([tmp_path], separator=None, skipped=skipped)] == ["text"]
+    assert len(skipped) == 1
+    assert "b.txt" in skipped[0]
+    with pytest.raises(DataError, match=r"b\.txt"):
+        list(iter_documents([tmp_path], separator=None, strict=True))
+
+
+def test_a_folder_that_cannot_be_opened_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    scandir = os.scandir
+
+    def guarded(path: str) -> object:  # the tests may run as a user whom no permission stops
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    skipped: list[str] = []
+    assert [d.text for d in iter_documents([tmp_path], separator=None, skipped=skipped)] == ["text"]
+    assert "closed cannot be opened: Permission denied" in skipped[0]
+    with pytest.raises(DataError, match="closed cannot be opened"):
+        list(iter_documents([tmp_path], separator=None, strict=True))
+    with pytest.raises(DataError, match="closed cannot be opened"):
+        list_files([tmp_path / "closed"])
+
+
+def test_a_file_that_changes_or_vanishes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    for change in (lambda: file.write_text("other text"), file.unlink):
+        file.write_text("one|two")
+        documents = documents_of_file(file, separator="|")
+        assert next(documents).text == "one"
+        change()
+        with pytest.raises(DataError, match=r"a\.txt (changed|cannot be read)"):
+            list(documents)

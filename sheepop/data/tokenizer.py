@@ -254,6 +254,20 @@ def load_model_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
+    """Return how many UTF-8 bytes of the texts one token stands for on average; 0 where there is no token.
+
+    Raises:
+        DataError: as `Tokenizer.encode`.
+    """
+    num_bytes = num_tokens = 0
+    for text in texts:
+        for piece in tokenizer.cut(text):
+            num_tokens += len(tokenizer.encode(piece))
+            num_bytes += len(piece.encode("utf-8"))
+    return num_bytes / num_tokens if num_tokens else 0.0
+
+
 class StreamDecoder:
     """Text from tokens as they come, never half a character: a character's last byte brings it out."""
 

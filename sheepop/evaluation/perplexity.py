@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from sheepop.config import DataConfig
-from sheepop.data.dataset import IGNORE_INDEX, document_ids, num_windows, read_windows
+from sheepop.data.corpus import is_prepared, open_corpus
+from sheepop.data.dataset import IGNORE_INDEX, Tokens, document_ids, num_windows, read_windows
 from sheepop.data.documents import iter_documents
-from sheepop.data.prepare import is_prepared, open_corpus
 from sheepop.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_model_tokenizer
 from sheepop.models.pretrained import load_pretrained, read_settings, resolve_checkpoint
 from sheepop.models.transformer import TransformerModel, inference
@@ -73,7 +73,7 @@ def word_perplexity(loss: float, *, tokens: int, words: int) -> float:
 
 def evaluate_tokens(
     model: TransformerModel,
-    tokens: NDArray[np.integer],
+    tokens: Tokens,
     *,
     context: int,
     stride: int | None = None,
@@ -210,7 +210,7 @@ def evaluate_checkpoint(
 class _Text:
     """What is scored, and the sizes of the original text."""
 
-    tokens: NDArray[np.integer]
+    tokens: Tokens
     num_bytes: int
     words: int
     split: str | None

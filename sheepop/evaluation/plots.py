@@ -16,6 +16,7 @@ from sheepop.utils.files import read_json, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
@@ -106,18 +107,30 @@ def write_plots(run: Path) -> list[Path]:
 
 def render(name: str, record: RunRecord, theme: Theme) -> bytes:
     """Draw one of `PLOTS` and return it as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    figure, axes = new_axes(theme)
+    PLOTS[name](axes, record, theme)
+    axes.set_xlim(left=0)
+    if not axes.lines:
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "nothing recorded yet", transform=axes.transAxes, ha="center", color=theme.muted)
+    return to_png(figure)
+
+
+def new_axes(theme: Theme) -> tuple["Figure", "Axes"]:
+    """Return an empty picture in the project's size and colours, its x axis made for optimizer steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.7), dpi=180, facecolor=theme.paper, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.16, h_pad=0.14)  # type: ignore[union-attr, call-arg]
     axes = figure.add_subplot(facecolor=theme.paper)
     _prepare(axes, theme)
-    PLOTS[name](axes, record, theme)
-    axes.set_xlim(left=0)
-    if not axes.lines:
-        axes.set(xticks=[], yticks=[])
-        axes.text(0.5, 0.5, "nothing recorded yet", transform=axes.transAxes, ha="center", color=theme.muted)
+    return figure, axes
+
+
+def to_png(figure: "Figure") -> bytes:
+    """Return a picture as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -148,7 +161,7 @@ def smooth(values: Floats) -> Floats:
 
 
 def _draw_loss(axes: "Axes", record: RunRecord, theme: Theme) -> None:
-    _title(axes, theme, "Loss", "nats per token, lower is better")
+    set_title(axes, theme, "Loss", "nats per token, lower is better")
     steps, losses = series(record.train, "loss")
     _raw_and_smooth(axes, steps, losses, theme, label="training")
     val_steps, val_losses = series(record.val, "loss")
@@ -171,7 +184,7 @@ def _draw_loss(axes: "Axes", record: RunRecord, theme: Theme) -> None:
 
 
 def _draw_perplexity(axes: "Axes", record: RunRecord, theme: Theme) -> None:
-    _title(axes, theme, "Perplexity", "lower is better")
+    set_title(axes, theme, "Perplexity", "lower is better")
     axes.set_yscale("log")
     steps, losses = series(record.train, "loss")
     _raw_and_smooth(axes, steps, np.exp(np.minimum(losses, 700)), theme, label="training", smooth_in_log=True)
@@ -182,7 +195,7 @@ def _draw_perplexity(axes: "Axes", record: RunRecord, theme: Theme) -> None:
 
 
 def _draw_learning_rate(axes: "Axes", record: RunRecord, theme: Theme) -> None:
-    _title(axes, theme, "Learning rate", "")
+    set_title(axes, theme, "Learning rate", "")
     steps, rates = series(record.train, "learning_rate")
     _line(axes, steps, rates, theme.train)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
@@ -190,7 +203,7 @@ def _draw_learning_rate(axes: "Axes", record: RunRecord, theme: Theme) -> None:
 
 
 def _draw_grad_norm(axes: "Axes", record: RunRecord, theme: Theme) -> None:
-    _title(axes, theme, "Gradient norm", "before clipping")
+    set_title(axes, theme, "Gradient norm", "before clipping")
     axes.set_yscale("log")
     steps, norms = series(record.train, "grad_norm")
     positive = norms > 0
@@ -208,7 +221,7 @@ def _draw_throughput(axes: "Axes", record: RunRecord, theme: Theme) -> None:
         detail += f", median {np.median(rates):,.0f}"
     if len(utilisation):
         detail += f"; {np.median(utilisation):.0%} of peak FLOPs"
-    _title(axes, theme, "Throughput", detail)
+    set_title(axes, theme, "Throughput", detail)
     _raw_and_smooth(axes, steps, rates, theme, label="")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_ylim(bottom=0)
@@ -239,7 +252,8 @@ def _prepare(axes: "Axes", theme: Theme) -> None:
     axes.margins(x=0.02, y=0.08)
 
 
-def _title(axes: "Axes", theme: Theme, name: str, detail: str) -> None:
+def set_title(axes: "Axes", theme: Theme, name: str, detail: str) -> None:
+    """Write a bold title on the left, and behind it a detail in grey."""
     title = axes.set_title(name, loc="left", color=theme.ink, fontsize=13, fontweight="bold", pad=12)
     text = axes.annotate(
         detail, (1, 0.22), xycoords=title, xytext=(9, 0), textcoords="offset points", color=theme.muted, fontsize=10.5

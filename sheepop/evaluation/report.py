@@ -64,7 +64,7 @@ def write_report(run: Path) -> Path:
         name=run.resolve().name,
         figures=headline(record.train, record.val, config),
         plots=[
-            (name.replace("_", " "), _as_url(render(name, record, LIGHT)), _as_url(render(name, record, DARK)))
+            (name.replace("_", " "), as_url(render(name, record, LIGHT)), as_url(render(name, record, DARK)))
             for name in PLOTS
         ],
         samples=shown,
@@ -151,5 +151,6 @@ def _read_samples(run: Path) -> list[dict[str, Any]]:
     return read_metrics(run / SAMPLES_FILE) if (run / SAMPLES_FILE).exists() else []
 
 
-def _as_url(png: bytes) -> str:
+def as_url(png: bytes) -> str:
+    """Return a picture as an address that holds it."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -1,6 +1,7 @@
 """The page of `report.py`, as a Jinja template. It may load nothing from anywhere: its policy forbids it."""
 
-PAGE = """\
+# The head of every page of this kind, with its style; `name` is the page's.
+HEAD = """\
 <!doctype html>
 <html lang="en">
 <head>
@@ -57,6 +58,11 @@ tbody th { font: .85rem/1.5 ui-monospace, monospace; }
 }
 </style>
 </head>
+"""
+
+PAGE = (
+    HEAD
+    + """\
 <body>
 <h1>{{ name }}</h1>
 <div class="muted">a training run of sheepop</div>
@@ -129,3 +135,4 @@ tbody th { font: .85rem/1.5 ui-monospace, monospace; }
 </body>
 </html>
 """
+)

@@ -186,6 +186,11 @@ class DataConfig(Section):
     document_separator: str | None = Field(
         "<|endoftext|>", description="text that ends a document inside a file; null: one document a file"
     )
+    packing: Literal["concatenate", "best_fit"] = Field(
+        "concatenate",
+        description="how documents fill sequences: one behind the other, cut wherever a sequence ends; or placed so "
+        "that few are cut (Ding et al. 2024), which sets document_mask",
+    )
     document_mask: bool = Field(False, description="tokens see only their own document")
 
 
@@ -204,6 +209,7 @@ class Config(Section):
         data, model = self.data, self.model
         data.max_length = data.max_length or model.max_seq_len
         data.stride = data.stride or data.max_length
+        data.document_mask = data.document_mask or data.packing == "best_fit"
         if data.max_length > model.max_seq_len:
             raise ValueError(
                 f"data.max_length ({data.max_length}) is longer than model.max_seq_len ({model.max_seq_len}); "
@@ -213,6 +219,11 @@ class Config(Section):
             raise ValueError(
                 f"data.stride ({data.stride}) is larger than data.max_length ({data.max_length}), "
                 "so tokens between the sequences would never be trained on"
+            )
+        if data.packing == "best_fit" and data.stride != data.max_length:
+            raise ValueError(
+                f"data.stride ({data.stride}) is not data.max_length ({data.max_length}), but sequences that are "
+                "packed (data.packing best_fit) cannot overlap; leave the stride out, or choose packing concatenate"
             )
         return self
 

@@ -120,6 +120,10 @@ def test_the_highest_level_sets_the_length(tmp_path, file, overrides, expected):
         ),
         ({"data.max_length": 300, "model.max_seq_len": 200}, ["data.max_length (300)", "model.max_seq_len (200)"]),
         ({"data.max_length": 30, "data.stride": 31}, ["data.stride (31)", "never be trained on"]),
+        (
+            {"data.max_length": 30, "data.stride": 15, "data.packing": "best_fit"},
+            ["data.stride (15)", "data.max_length (30)", "best_fit", "cannot overlap"],
+        ),
         ({"model": 3}, ["'model' is 3"]),
     ],
 )

@@ -1,14 +1,16 @@
 """Which windows make step n: a pure function of (seed, n), so that the position in the data is one integer."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sheepop.utils.seeds import derive_seed
+from sheepop.utils.seeds import derive_seed, mix
 
 FEISTEL_ROUNDS = 4
+PERMUTE_AT_ONCE = 4096  # places: hundreds cost hardly more than one
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,28 @@ class Sampler:
         """Return the indices of the windows of a step."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         first = step_in_epoch * self.windows_per_step
-        places = np.arange(first, min(first + self.windows_per_step, self.num_windows))
-        return permute(places, self.num_windows, seed=derive_seed(self.seed, "epoch", epoch))
+        last = min(first + self.windows_per_step, self.num_windows) - 1
+        seed = derive_seed(self.seed, "epoch", epoch)
+        numbers = range(first // PERMUTE_AT_ONCE, last // PERMUTE_AT_ONCE + 1)
+        blocks = [_permute_block(number, self.num_windows, seed) for number in numbers]
+        joined = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        begin = numbers[0] * PERMUTE_AT_ONCE
+        return joined[first - begin : last + 1 - begin]
 
     def micro_batches(self, step: int, rank: int = 0, world_size: int = 1) -> list[NDArray[np.int64]]:
         """Return this process's micro-batches of a step: every `world_size`-th of all, from the `rank`-th on."""
         windows = self.windows_of(step)
         batches = [windows[at : at + self.batch_size] for at in range(0, len(windows), self.batch_size)]
         return batches[rank::world_size]
+
+
+@lru_cache(maxsize=16)
+def _permute_block(number: int, size: int, seed: int) -> NDArray[np.int64]:
+    """Permute the `number`-th run of places; kept, as it serves many small steps."""
+    first = number * PERMUTE_AT_ONCE
+    block = permute(np.arange(first, min(first + PERMUTE_AT_ONCE, size)), size, seed=seed)
+    block.flags.writeable = False  # every caller gets the same array
+    return block
 
 
 def permute(indices: NDArray[Any], size: int, *, seed: int) -> NDArray[np.int64]:
@@ -66,7 +82,7 @@ def permute(indices: NDArray[Any], size: int, *, seed: int) -> NDArray[np.int64]
     def network(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left, right = values >> half, values & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
+            left, right = right, left ^ (mix(right ^ key) & mask)
         return (left << half) | right
 
     values = network(np.asarray(indices, dtype=np.uint64))
@@ -75,10 +91,3 @@ def permute(indices: NDArray[Any], size: int, *, seed: int) -> NDArray[np.int64]
         values[outside] = network(values[outside])
         outside = values >= size
     return values.astype(np.int64)
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Spread every bit over all others: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from sheepop.config import LENGTH_KEYS, Config, load_config
-from sheepop.data.prepare import Corpus, prepare_on_the_way
+from sheepop.data.corpus import Corpus
+from sheepop.data.packing import PackingPlan, open_plan
+from sheepop.data.prepare import prepare_on_the_way
 from sheepop.data.sampler import Sampler
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.evaluation.plots import METRICS_FILE
@@ -166,8 +168,11 @@ def set_up(config: Config, corpus: Corpus, *, device: torch.device, world: World
             f"{config.data.max_length} and the one to predict. Lower data.max_length (or model.max_seq_len), or add "
             "text."
         )
+    packing = open_packing(config, corpus, tokenizer.end_of_text_id, world)
     sampler = Sampler(
-        num_windows=text.num_windows(config.data.max_length, config.data.stride),
+        num_windows=(
+            text.num_windows(config.data.max_length, config.data.stride) if packing is None else packing.num_windows
+        ),
         batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         seed=config.seed,
@@ -189,7 +194,29 @@ def set_up(config: Config, corpus: Corpus, *, device: torch.device, world: World
         precision=precision,
         world=world,
         state=TrainingState(total_steps=0, data_fingerprint=corpus.fingerprint),
+        packing=packing,
     )
+
+
+def open_packing(config: Config, corpus: Corpus, end_of_text_id: int, world: World) -> PackingPlan | None:
+    """Return how documents are packed into sequences, or None where they are only concatenated.
+
+    A plan that takes long to make is kept in the corpus's folder; one process makes it for all.
+    """
+    if config.data.packing == "concatenate":
+        return None
+    plan = None
+    for turn in (world.is_main, not world.is_main):
+        if turn:
+            plan = open_plan(
+                corpus.split("train").tokens,
+                length=config.data.max_length,
+                end_of_text_id=end_of_text_id,
+                folder=corpus.path / "packing",
+                fingerprint=corpus.fingerprint,
+            )
+        wait_for_all(world)
+    return plan
 
 
 def resume_from(run: Run, checkpoint: Path, *, accept_changes: bool) -> None:
@@ -270,6 +297,12 @@ def describe(run: Run) -> None:
         f"text: {format_count(train_split.num_tokens)} tokens to train on, {format_count(val_split.num_tokens)} to "
         f"validate, from {corpus.path}"
     )
+    if run.packing is not None:
+        places = run.packing.num_windows * run.packing.length
+        log(
+            f"packing: best fit, {run.packing.num_windows} sequences of {run.packing.length} tokens, "
+            f"{(train_split.num_tokens - 1) / places:.1%} of their places filled"
+        )
     log(
         f"training: {tokens_per_step} tokens a step, {run.sampler.steps_per_epoch} steps an epoch, in "
         f"{run.precision.name} on {run.model.device} with {torch.get_num_threads()} threads and {run.world.size} "

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from sheepop.config import Config
+from sheepop.data.corpus import Corpus
 from sheepop.data.dataset import IGNORE_INDEX, document_ids, read_windows
+from sheepop.data.packing import PackingPlan, read_packed
 from sheepop.data.prefetch import prefetch
-from sheepop.data.prepare import Corpus
 from sheepop.data.sampler import Sampler
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.evaluation.perplexity import Scores, bits_per_byte, evaluate_tokens, perplexity
@@ -65,6 +66,7 @@ class Run:
     precision: Precision
     world: World
     state: TrainingState
+    packing: PackingPlan | None = None
 
 
 def train(run: Run) -> None:
@@ -191,14 +193,19 @@ def batch_loader(run: Run) -> Callable[[int], list[MicroBatch]]:
         loaded = []
         world = run.world
         for position, windows in enumerate(run.sampler.micro_batches(step, rank=world.rank, world_size=world.size)):
-            inputs, targets = read_windows(tokens, windows * data.stride, data.max_length)  # (B, T) each
-            documents = document_ids(inputs, run.tokenizer.end_of_text_id) if data.document_mask else None
+            documents: np.ndarray | None = None
+            if run.packing is not None:
+                inputs, targets, documents = read_packed(tokens, run.packing, windows)  # (B, T) each
+            else:
+                inputs, targets = read_windows(tokens, windows * data.stride, data.max_length)  # (B, T) each
+                if data.document_mask:
+                    documents = document_ids(inputs, run.tokenizer.end_of_text_id)
             loaded.append(
                 MicroBatch(
                     index=position * world.size + world.rank,
                     token_ids=to_device(inputs, device),
                     targets=to_device(targets, device),
-                    num_targets=int((targets != IGNORE_INDEX).sum()),
+                    num_targets=int(np.count_nonzero(targets != IGNORE_INDEX)),
                     document_ids=None if documents is None else to_device(documents, device),
                 )
             )

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sheepop.data.sampler import Sampler
+from sheepop.data.sampler import Sampler, permute
+from sheepop.utils.seeds import derive_seed
 
 samplers = st.builds(
     Sampler,
@@ -72,3 +73,28 @@ def test_a_huge_corpus_needs_no_memory(step: int) -> None:
     assert len(set(windows.tolist())) == 32
     assert windows.min() >= 0
     assert windows.max() < 10**12
+
+
+@settings(deadline=None)
+@given(st.integers(1, 20_000), st.integers(0, 2**62))
+def test_permute_is_a_permutation_whatever_is_asked_at_once(size: int, seed: int) -> None:
+    whole = permute(np.arange(size), size, seed=seed)
+    assert np.array_equal(np.sort(whole), np.arange(size))
+    some = np.random.default_rng(seed).integers(0, size, 5)
+    assert permute(some, size, seed=seed).tolist() == whole[some].tolist()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 30_000), st.integers(1, 9000), st.integers(0, 50))
+def test_the_kept_blocks_change_no_order(num_windows: int, batch_size: int, step: int) -> None:
+    sampler = Sampler(num_windows, batch_size, 1, seed=8)
+    epoch, place = divmod(step, sampler.steps_per_epoch)
+    places = np.arange(place * batch_size, min((place + 1) * batch_size, num_windows))
+    wanted = permute(places, num_windows, seed=derive_seed(8, "epoch", epoch))
+    assert sampler.windows_of(step).tolist() == wanted.tolist()
+
+
+def test_what_a_caller_does_with_a_step_leaves_others_alone() -> None:
+    sampler = Sampler(50, 10, 1, seed=8)
+    with pytest.raises(ValueError, match="read-only"):
+        sampler.windows_of(0)[:] = 0

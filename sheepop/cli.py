@@ -65,7 +65,8 @@ def download(
     name: Annotated[str, typer.Argument(help="name of a corpus, or `list`")],
     version: Annotated[str | None, typer.Option(help="which version, for instance 103 for wiki")] = None,
     data_dir: Annotated[Path, typer.Option(help="folder to write to")] = Path("data"),
-    max_bytes: Annotated[int | None, typer.Option(help="stop after about this many bytes of text")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="a slice: stop after about this many bytes of text")] = None,
+    max_documents: Annotated[int | None, typer.Option(help="a slice: stop after this many documents")] = None,
 ) -> None:
     """Fetch a named corpus as text; `list` shows their names and licences."""
     from sheepop.data.download import download as fetch
@@ -74,23 +75,100 @@ def download(
     if name == "list":
         print(list_corpora())
     else:
-        print(fetch(name, version=version, data_dir=data_dir, max_bytes=max_bytes))
+        print(fetch(name, version=version, data_dir=data_dir, max_bytes=max_bytes, max_documents=max_documents))
+
+
+@app.command()
+def inspect(
+    sources: Annotated[list[Path], typer.Argument(help="files of text of many kinds, and folders that hold some")],
+    tokenizer: Annotated[
+        list[Path] | None, typer.Option(help="PATH of a tokenizer to compare with; may be repeated")
+    ] = None,
+    document_separator: Annotated[str, typer.Option(help="text that ends a document in a file")] = "<|endoftext|>",
+    val_fraction: Annotated[float, typer.Option(help="share of the text that would be held out")] = 0.1,
+    max_bytes: Annotated[int | None, typer.Option(help="stop after about this many bytes of text")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="only files of folders that match, such as *.md")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="no files of folders that match")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the split")] = 42,
+    html: Annotated[Path | None, typer.Option(help="write a page with plots to this file too")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in a text before training: sizes, duplicates, languages, tokens, and what model it can feed."""
+    from sheepop.data.inspection import inspect_sources
+    from sheepop.data.inspection_table import format_inspection
+
+    result = inspect_sources(
+        sources,
+        tokenizers=tokenizer or (),
+        separator=document_separator or None,
+        max_bytes=max_bytes,
+        include=include or (),
+        exclude=exclude or (),
+        val_fraction=val_fraction,
+        seed=seed,
+    )
+    if html is not None:
+        from sheepop.evaluation.inspection_page import write_inspection_page
+
+        write_inspection_page(result, html)
+        log(f"the page: {html}")
+    print(json.dumps(result, ensure_ascii=False) if as_json else format_inspection(result))
 
 
 @app.command()
 def prepare(
-    sources: Annotated[list[Path], typer.Argument(help="text files and folders")],
+    sources: Annotated[list[Path], typer.Argument(help="files of text of many kinds, and folders that hold some")],
     output: Annotated[Path, typer.Option(help="the prepared folder")],
     tokenizer: Annotated[str, typer.Option(help="bpe, char, word, or the PATH of a tokenizer")] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="entries of a tokenizer that is trained")] = 8192,
     val_fraction: Annotated[float, typer.Option(help="share of the text held out to validate")] = 0.1,
     document_separator: Annotated[str, typer.Option(help="text that ends a document in a file")] = "<|endoftext|>",
+    cleaning: Annotated[
+        str,
+        typer.Option(help="none; standard: line ends, control characters, spaces; repair: wrongly decoded text too"),
+    ] = "standard",
+    deduplicate: Annotated[
+        str, typer.Option(help="none; exact: drop identical documents; near: drop similar ones too")
+    ] = "exact",
+    near_threshold: Annotated[
+        float, typer.Option(help="share of common word sequences from which texts are similar")
+    ] = 0.8,
+    min_characters: Annotated[int, typer.Option(help="drop shorter documents")] = 0,
+    max_characters: Annotated[int | None, typer.Option(help="drop longer documents")] = None,
+    quality: Annotated[
+        bool, typer.Option("--quality", help="drop documents that read like lists, menus or noise")
+    ] = False,
+    language: Annotated[list[str] | None, typer.Option(help="keep this language, such as en; may be repeated")] = None,
+    pii: Annotated[str, typer.Option(help="personal data: keep, replace, or drop the document")] = "keep",
+    weight: Annotated[
+        list[str] | None, typer.Option(help="SOURCE=W: use its documents W times, such as 2 or 0.5; may be repeated")
+    ] = None,
+    include: Annotated[list[str] | None, typer.Option(help="only files of folders that match, such as *.md")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="no files of folders that match")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="a file that cannot be read is an error")] = False,
     seed: Annotated[int, typer.Option(help="seed of the split")] = 42,
+    workers: Annotated[int | None, typer.Option(help="processes (default: one a core, one for little text)")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a prepared folder")] = False,
+    incremental: Annotated[
+        bool, typer.Option("--incremental", help="keep the work, so that with more files only these are worked on")
+    ] = False,
 ) -> None:
     """Turn documents into token shards, a tokenizer and a manifest."""
+    from sheepop.data.filters import FilterSettings
     from sheepop.data.prepare import prepare_corpus
+    from sheepop.data.selection import Selection, parse_weights
 
+    filters = FilterSettings(min_characters, max_characters, quality, tuple(language or ()), pii)  # type: ignore[arg-type]
+    selection = Selection(
+        cleaning=cleaning,  # type: ignore[arg-type]
+        deduplicate=deduplicate,  # type: ignore[arg-type]
+        near_threshold=near_threshold,
+        filters=filters,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        strict=strict,
+        weights=parse_weights(weight or []),
+    )
     corpus = prepare_corpus(
         sources,
         output,
@@ -99,7 +177,10 @@ def prepare(
         val_fraction=val_fraction,
         seed=seed,
         separator=document_separator or None,
+        selection=selection,
         overwrite=overwrite,
+        incremental=incremental,
+        num_workers=workers,
     )
     print(corpus.path)
 

@@ -1,133 +1,46 @@
-"""Documents → a prepared corpus: token shards, a tokenizer and a manifest, published whole or not at all."""
+"""Documents → a prepared corpus: token shards, a tokenizer and a manifest, published whole or not at all.
+
+The way, each step in parallel and in bounded memory, its results kept in a working folder beside the output until the
+corpus is published, so that a run that was killed goes on where it was:
+
+1. gather: files → cleaned, filtered documents in parts (`gather.py`);
+2. plan: duplicates, weights and the split, from 64 bits and a size a document (`plan.py`);
+3. tokenizer: trained on the training side alone, or loaded;
+4. encode: parts → token ids (`shards.py`);
+5. join the parts, look for leakage (`leakage.py`), write the manifest, rename.
+"""
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sheepop.data.dataset import Tokens, num_windows, open_tokens
-from sheepop.data.documents import Document, iter_documents, list_files
+from sheepop.data.corpus import FORMAT, MANIFEST_FILE, VERSION, Corpus, is_prepared, open_corpus
+from sheepop.data.documents import list_files
+from sheepop.data.duplicates import near_duplicates
+from sheepop.data.gather import GatherSettings, read_texts, units_of
+from sheepop.data.gathered import Gathered, gather_all
+from sheepop.data.leakage import LinesTask, lines_of_part, seen_in
+from sheepop.data.plan import Plan, copies_by_weight, first_occurrences, make_plan
+from sheepop.data.selection import Selection
+from sheepop.data.shards import EncodeTask, encode_part, join_parts
 from sheepop.data.tokenizer import KINDS, TOKENIZER_FILE, Tokenizer
+from sheepop.data.workers import available_cores, parallel_map, tell_progress
+from sheepop.data.working_folder import working_folder
 from sheepop.utils.errors import ConfigError, DataError, did_you_mean
-from sheepop.utils.files import atomic_folder, read_json, sha256_of_file, to_json, write_json
-from sheepop.utils.logging import format_count, log
-from sheepop.utils.seeds import derive_seed
+from sheepop.utils.files import atomic_folder, full_disk_is_a_clear_error, sha256_of_file, to_json, write_json
+from sheepop.utils.logging import format_count, log, warn
 
-MANIFEST_FILE = "manifest.json"
-FORMAT = "sheepop-corpus"
-VERSION = 1
-SPLITS = ("train", "val")
-ENCODE_AT_ONCE = 4_000_000  # characters: enough to keep all cores busy, little enough to hold in memory
-
-
-@dataclass(frozen=True)
-class Split:
-    """One side of a corpus: a file of token ids, and what they were made from."""
-
-    path: Path
-    dtype: str
-    num_tokens: int
-    num_documents: int
-    num_bytes: int
-    num_characters: int
-    num_words: int
-
-    @property
-    def tokens(self) -> Tokens:
-        """The token ids, mapped from the disk."""
-        return open_tokens(self.path, self.dtype)
-
-    def num_windows(self, length: int, stride: int) -> int:
-        """Return how many windows cover the split; see `dataset.num_windows`."""
-        return num_windows(self.num_tokens, length, stride)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A prepared folder."""
-
-    path: Path
-    manifest: dict[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over the sums of the corpus's files: it changes whenever a token or the tokenizer does."""
-        return hashlib.sha256(to_json(sorted(self.manifest["files"].items())).encode()).hexdigest()
-
-    def tokenizer(self) -> Tokenizer:
-        """Load the corpus's tokenizer."""
-        return Tokenizer.load(self.path / TOKENIZER_FILE)
-
-    def split(self, name: str) -> Split:
-        """Return a split by its name.
-
-        Raises:
-            DataError: the corpus has no such split; says which it has.
-        """
-        splits = self.manifest["splits"]
-        if name not in splits:
-            raise DataError(f"{self.path} has no split '{name}'; it has {', '.join(splits)}.")
-        counts = {f"num_{key}": value for key, value in splits[name].items()}
-        return Split(path=self.path / f"{name}.bin", dtype=self.manifest["dtype"], **counts)
-
-    def verify(self) -> None:
-        """Compare every file with its SHA-256 sum.
-
-        Raises:
-            DataError: a file differs; it is named.
-        """
-        for name, expected in self.manifest["files"].items():
-            if sha256_of_file(self.path / name) != expected:
-                raise DataError(f"{self.path / name} was changed after it was written. Prepare the corpus again.")
-
-
-@dataclass
-class _Counts:
-    """What a split holds, counted while it is written."""
-
-    tokens: int = 0
-    documents: int = 0
-    bytes: int = 0
-    characters: int = 0
-    words: int = 0
-
-
-def is_prepared(path: Path) -> bool:
-    """Say whether a path is a prepared folder."""
-    return (path / MANIFEST_FILE).is_file() and (path / "train.bin").is_file()
-
-
-def open_corpus(path: Path) -> Corpus:
-    """Open a prepared folder.
-
-    Raises:
-        DataError: it is not one, or its files do not fit its manifest.
-    """
-    if not is_prepared(path):
-        raise DataError(f"{path} is not a prepared folder. Make one with `sheepop prepare SOURCE --output {path}`.")
-    manifest = read_json(path / MANIFEST_FILE, DataError)
-    try:
-        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
-            raise DataError(
-                f"{path / MANIFEST_FILE} is of format {manifest['format']} {manifest['version']}, this program reads "
-                f"{FORMAT} {VERSION}. Prepare the text again."
-            )
-        corpus = Corpus(path, manifest)
-        for name in manifest["splits"]:
-            split = corpus.split(name)
-            expected = split.num_tokens * np.dtype(split.dtype).itemsize
-            found = split.path.stat().st_size if split.path.is_file() else 0
-            if found != expected:
-                raise DataError(f"{split.path} has {found} bytes instead of {expected}: it is damaged. Prepare again.")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path / MANIFEST_FILE} is not a corpus manifest ({error!r}). Prepare the text again."
-        ) from None
-    return corpus
+PREPARATION = 2  # raised when the same text and settings give other files
+SMALL_INPUT = 8_000_000  # bytes of files below which starting processes costs more than it saves
+# Merges are the same from this much text on, but for rare words.
+TRAIN_TOKENIZER_ON = 256_000_000  # bytes
+LEAKAGE_TO_WARN_OF = 0.01
 
 
 def prepare_corpus(
@@ -139,28 +52,36 @@ def prepare_corpus(
     val_fraction: float,
     seed: int,
     separator: str | None,
+    selection: Selection | None = None,
     overwrite: bool = False,
+    incremental: bool = False,
+    num_workers: int | None = None,
 ) -> Corpus:
     """Tokenize documents into `output`: `train.bin`, `val.bin`, `tokenizer.json`, `manifest.json`.
 
     Every document begins with the end-of-text token, and one more closes the split. Where there are two or more
     different documents the split is by document, identical ones on the same side; a single one is cut by position,
-    its end held out. A tokenizer is trained on the training side alone.
+    its end held out. A tokenizer is trained on the training side alone. The files depend on the text and the settings,
+    and neither on the number of workers nor on earlier runs that were cut off.
 
     Args:
-        sources: text files and folders.
-        output: must not exist yet, unless `overwrite` and it is a prepared folder.
+        sources: files and folders.
+        output: must not exist yet, unless `overwrite` or `incremental` and it is a prepared folder.
         tokenizer: `bpe`, `char`, `word`, or the path of a tokenizer.
         vocab_size: entries of a tokenizer that is trained; lowered where the text cannot fill it.
         val_fraction: share of the bytes to hold out.
         seed: of the split.
         separator: text that ends a document inside a file, or None.
+        selection: cleaning, filters, duplicates and weights.
         overwrite: replace a prepared folder.
+        incremental: keep the work beside the output, so that a later run with more files does only what is new.
+        num_workers: processes; None for one a core, or none at all for little text.
 
     Raises:
         DataError: there is no text, or too little.
         ConfigError: a setting is out of range, or `output` is in use.
     """
+    selection = selection or Selection()
     if not 0 < val_fraction < 1:
         raise ConfigError(f"The validation share is {val_fraction}, but must lie between 0 and 1, for instance 0.1.")
     for source in sources:
@@ -171,54 +92,163 @@ def prepare_corpus(
             f"There is no tokenizer '{tokenizer}', neither a kind nor a path.{did_you_mean(tokenizer, KINDS)} "
             f"Choose {', '.join(KINDS)}, or the path of a {TOKENIZER_FILE}."
         )
-    _check_output(output, overwrite=overwrite)
-    sides = split_documents(iter_documents(sources, separator=separator), val_fraction=val_fraction, seed=seed)
+    selection.validate(sources)
+    _check_output(output, overwrite=overwrite or incremental)
+    files = list_files(sources, include=selection.include, exclude=selection.exclude)
+    gathering = GatherSettings(
+        separator, selection.cleaning, selection.filters, selection.deduplicate == "near", selection.strict
+    )
+    units = units_of(files, sources, gathering)
+    if num_workers is None:
+        num_workers = available_cores() if sum(path.stat().st_size for path in files) > SMALL_INPUT else 1
 
-    def documents_of(side: str) -> Iterator[str]:
-        return sides.texts(iter_documents(sources, separator=separator), side)
-
-    if tokenizer in KINDS:
-        trained = Tokenizer.train(tokenizer, documents_of("train"), vocab_size=vocab_size)
-        if trained.vocab_size < vocab_size:
+    with full_disk_is_a_clear_error(output), working_folder(output, keep=incremental) as work:
+        _check_output(output, overwrite=overwrite or incremental)  # again: another process may have been here meanwhile
+        gathered = gather_all(units, work, gathering, num_workers)
+        if not gathered.parts:
+            raise DataError(
+                f"There is no text in {', '.join(map(str, sources))}: the files are empty, were filtered out, or none "
+                f"of them is text. Name files with text inside.{_first_of(gathered.skipped)}"
+            )
+        plan = _plan_all(gathered, sources, selection, val_fraction=val_fraction, seed=seed)
+        trained = _make_tokenizer(tokenizer, vocab_size, gathered, plan, work)
+        if trained.vocab_size < vocab_size and tokenizer in KINDS:
             log(f"the text fills {trained.vocab_size} of the {vocab_size} entries that were asked for")
-    else:
-        trained = Tokenizer.load(Path(tokenizer))
-    dtype = "uint16" if trained.vocab_size <= 2**16 else "uint32"
-
-    with atomic_folder(output) as folder:
-        counts = {side: _write_tokens(folder / f"{side}.bin", documents_of(side), trained, dtype) for side in SPLITS}
-        for side, counted in counts.items():
-            if counted.tokens - counted.documents < 2:  # the separators do not count
-                raise DataError(
-                    f"The text is too short: its {side} split has {counted.characters} characters. Add more text, or "
-                    "change the share that is held out (data.val_fraction)."
-                )
-        trained.save(folder / TOKENIZER_FILE)
-        names = [f"{side}.bin" for side in SPLITS] + [TOKENIZER_FILE]
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "dtype": dtype,
-            "vocab_size": trained.vocab_size,
-            "end_of_text_id": trained.end_of_text_id,
-            "splits": {side: asdict(counted) for side, counted in counts.items()},
-            "files": {name: sha256_of_file(folder / name) for name in names},
-            "sources": [
-                {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-                for path in list_files(sources)
-            ],
-            "settings": {
-                "tokenizer": tokenizer,
-                "vocab_size": vocab_size,
-                "val_fraction": val_fraction,
-                "seed": seed,
-                "separator": separator,
-            },
-        }
-        write_json(folder / MANIFEST_FILE, manifest)
+        dtype = "uint16" if trained.vocab_size <= 2**16 else "uint32"
+        tasks = _encode_tasks(gathered, plan, work / TOKENIZER_FILE, dtype)
+        for _ in tell_progress(parallel_map(encode_part, tasks, num_workers), "encoded", len(tasks)):
+            pass
+        leakage = _find_leakage(gathered, plan, num_workers)
+        with atomic_folder(output) as folder:
+            counts, sums = join_parts(gathered.parts, folder, trained.end_of_text_id, dtype)
+            for side, counted in counts.items():
+                if counted.tokens - counted.documents < 2:  # the separators do not count
+                    raise DataError(
+                        f"The text is too short: its {side} split has {counted.characters} characters. Add more text, "
+                        "or change the share that is held out (data.val_fraction)."
+                    )
+            trained.save(folder / TOKENIZER_FILE)
+            sums[TOKENIZER_FILE] = sha256_of_file(folder / TOKENIZER_FILE)
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "dtype": dtype,
+                "vocab_size": trained.vocab_size,
+                "end_of_text_id": trained.end_of_text_id,
+                "splits": {side: asdict(counted) for side, counted in counts.items()},
+                "files": sums,
+                "sources": gathered.files,
+                "settings": {
+                    "tokenizer": tokenizer,
+                    "vocab_size": vocab_size,
+                    "val_fraction": val_fraction,
+                    "seed": seed,
+                    "separator": separator,
+                    "selection": asdict(selection),
+                },
+                "report": {
+                    "encodings": gathered.encodings,
+                    "skipped": gathered.skipped,
+                    "dropped": {reason: vars(what) for reason, what in sorted(gathered.dropped.items())},
+                    "leakage": leakage,
+                },
+            }
+            write_json(folder / MANIFEST_FILE, manifest)
     corpus = open_corpus(output)
-    _tell(corpus, how=sides.how)
+    _tell(corpus, how=plan.how)
     return corpus
+
+
+def _plan_all(
+    gathered: Gathered, sources: Sequence[Path], selection: Selection, *, val_fraction: float, seed: int
+) -> Plan:
+    weights = np.array([selection.weights.get(str(source), 1.0) for source in sources])
+    copies = copies_by_weight(gathered.hashes, weights[gathered.source_of], seed=seed)
+    if selection.deduplicate != "none":
+        again = ~first_occurrences(gathered.hashes)
+        gathered.drop(again, "identical to an earlier document")
+        copies[again] = 0
+    if selection.deduplicate == "near":
+        signatures = np.concatenate([np.load(part.index)["signatures"] for part in gathered.parts])
+        kept = np.flatnonzero(copies)
+        again = np.zeros(len(copies), dtype=bool)
+        again[kept] = near_duplicates(signatures[kept], threshold=selection.near_threshold)
+        gathered.drop(again, "nearly identical to an earlier document")
+        copies[again] = 0
+    return make_plan(gathered.hashes, gathered.sizes, copies, val_fraction=val_fraction, seed=seed)
+
+
+def _make_tokenizer(tokenizer: str, vocab_size: int, gathered: Gathered, plan: Plan, work: Path) -> Tokenizer:
+    """Load the tokenizer, or train it on the training side; it also stands in the working folder."""
+    file = work / TOKENIZER_FILE
+    if tokenizer not in KINDS:
+        loaded = Tokenizer.load(Path(tokenizer))
+        loaded.save(file)
+        return loaded
+    key = hashlib.sha256(to_json([PREPARATION, tokenizer, vocab_size, plan.train_share]).encode())
+    for array in (gathered.hashes, plan.copies, plan.held_out):
+        key.update(array.tobytes())
+    note = work / "tokenizer.key"
+    if file.exists() and note.exists() and note.read_text() == key.hexdigest():
+        return Tokenizer.load(file)
+    used = (plan.copies > 0) & ~plan.held_out
+    total = int(gathered.sizes[used].sum())
+    if total > TRAIN_TOKENIZER_ON:  # evenly over the corpus
+        share = TRAIN_TOKENIZER_ON / total
+        numbers = np.cumsum(used)
+        used &= np.floor(numbers * share) > np.floor((numbers - 1) * share)
+        log(f"the tokenizer is trained on {share:.0%} of the text")
+
+    def texts() -> Iterator[str]:
+        for part, wanted in zip(gathered.parts, gathered.by_part(used), strict=True):
+            for _, text in read_texts(part, wanted):
+                yield text if plan.train_share is None else text[: int(len(text) * plan.train_share)]
+
+    trained = Tokenizer.train(tokenizer, texts(), vocab_size=vocab_size)
+    note.unlink(missing_ok=True)
+    trained.save(file)
+    note.write_text(key.hexdigest())
+    return trained
+
+
+def _encode_tasks(gathered: Gathered, plan: Plan, tokenizer: Path, dtype: str) -> list[EncodeTask]:
+    first_used = int(np.argmax(plan.copies > 0))
+    tasks = []
+    begin = 0
+    for part, copies, held_out in zip(
+        gathered.parts, gathered.by_part(plan.copies), gathered.by_part(plan.held_out), strict=True
+    ):
+        first = first_used - begin if begin <= first_used < begin + len(copies) else None
+        tasks.append(EncodeTask(part, tokenizer, dtype, copies, held_out, plan.train_share, first))
+        begin += len(copies)
+    return tasks
+
+
+def _find_leakage(gathered: Gathered, plan: Plan, num_workers: int) -> dict[str, int] | None:
+    """Count the long lines that are held out, and those of them that are trained on too."""
+    if plan.train_share is not None:
+        return None
+
+    def lines(wanted: NDArray[np.bool_]) -> Iterator[NDArray[np.uint64]]:
+        tasks = [LinesTask(*pair) for pair in zip(gathered.parts, gathered.by_part(wanted), strict=True)]
+        return parallel_map(lines_of_part, tasks, num_workers)
+
+    held_out = np.unique(np.concatenate(list(lines(plan.held_out))))
+    seen = np.zeros(len(held_out), dtype=bool)
+    for others in lines((plan.copies > 0) & ~plan.held_out):
+        seen |= seen_in(held_out, others)
+    found = {"held_out_lines": len(held_out), "also_trained_on": int(seen.sum())}
+    if found["also_trained_on"] > LEAKAGE_TO_WARN_OF * len(held_out):
+        warn(
+            f"of {len(held_out)} long lines that were looked at in the held-out text, {found['also_trained_on']} also "
+            "stand in the text to train on, so its loss will look better than it is; drop near duplicates "
+            "(--deduplicate near), or boilerplate"
+        )
+    return found
+
+
+def _first_of(skipped: Sequence[str]) -> str:
+    return f" The first problem: {skipped[0]}" if skipped else ""
 
 
 def prepare_on_the_way(sources: Sequence[Path], data_dir: Path, **settings: Any) -> Corpus:
@@ -239,92 +269,19 @@ def prepare_on_the_way(sources: Sequence[Path], data_dir: Path, **settings: Any)
         how = {**settings, "tokenizer": Tokenizer.load(Path(settings["tokenizer"])).fingerprint}
     else:
         how = settings
+    settings_key = {key: value if key != "selection" else asdict(value) for key, value in how.items()}
     content = [(path.name, sha256_of_file(path)) for path in list_files(sources)]
-    key = hashlib.sha256(to_json([VERSION, content, how]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(to_json([PREPARATION, content, settings_key]).encode()).hexdigest()[:12]
     output = data_dir / "prepared" / f"{sources[0].resolve().stem}-{key}"
     if is_prepared(output):
         log(f"the text was prepared before: {output}")
         return open_corpus(output)
-    return prepare_corpus(sources, output, **settings)
-
-
-@dataclass(frozen=True)
-class Sides:
-    """Which documents go where: the digests held out, or the place to cut a single document."""
-
-    held_out: frozenset[bytes]
-    train_share: float | None
-    how: str
-
-    def texts(self, documents: Iterable[Document], side: str) -> Iterator[str]:
-        """Yield the texts of one side, in the order of the sources."""
-        for document in documents:
-            if self.train_share is not None:
-                cut = int(len(document.text) * self.train_share)
-                yield document.text[:cut] if side == "train" else document.text[cut:]
-                if side == "val":
-                    return  # copies of the only document would repeat what is held out
-            elif (_digest(document.text) in self.held_out) == (side == "val"):
-                yield document.text
-
-
-def split_documents(documents: Iterable[Document], *, val_fraction: float, seed: int) -> Sides:
-    """Decide which documents are held out, by a seeded order of their content: file names and order do not matter."""
-    sizes: dict[bytes, int] = {}
-    for document in documents:
-        digest = _digest(document.text)
-        sizes[digest] = sizes.get(digest, 0) + len(document.text.encode("utf-8", errors="surrogatepass"))
-    if len(sizes) == 1:
-        return Sides(frozenset(), 1 - val_fraction, f"by position, the last {val_fraction:.0%} held out")
-    target = val_fraction * sum(sizes.values())
-    order = sorted(sizes, key=lambda digest: derive_seed(seed, "split", digest.hex()))
-    held_out: set[bytes] = set()
-    taken = 0
-    for digest in order:
-        # Taken where that brings the share nearer to what was asked for, and something is left to train on.
-        if taken + sizes[digest] / 2 <= target and len(held_out) + 1 < len(sizes):
-            held_out.add(digest)
-            taken += sizes[digest]
-    if not held_out:
-        held_out.add(min(order, key=lambda digest: sizes[digest]))
-    return Sides(frozenset(held_out), None, f"by document, {len(held_out)} of {len(sizes)} held out")
-
-
-def _write_tokens(path: Path, texts: Iterable[str], tokenizer: Tokenizer, dtype: str) -> _Counts:
-    """Write a split: each document after an end-of-text token, and one more at the end."""
-    counts = _Counts()
-    little_endian = np.dtype(dtype).newbyteorder("<")
-    end_of_text = np.array([tokenizer.end_of_text_id], dtype=little_endian)
-    with path.open("wb") as file:
-        for batch in _batches(texts, tokenizer):
-            token_ids = tokenizer.encode_batch([piece for piece, _ in batch])
-            for (piece, begins_document), piece_ids in zip(batch, token_ids, strict=True):
-                if begins_document:
-                    end_of_text.tofile(file)
-                np.array(piece_ids, dtype=little_endian).tofile(file)
-                counts.tokens += begins_document + len(piece_ids)
-                counts.documents += begins_document
-                counts.bytes += len(piece.encode("utf-8"))
-                counts.characters += len(piece)
-                counts.words += len(piece.split())  # a piece ends with a word
-        end_of_text.tofile(file)
-        counts.tokens += 1
-    return counts
-
-
-def _batches(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tuple[str, bool]]]:
-    """Yield pieces of the texts, and whether each is the first of its document, in batches to encode at once."""
-    batch: list[tuple[str, bool]] = []
-    waiting = 0  # characters
-    for text in texts:
-        for number, piece in enumerate(tokenizer.cut(text)):
-            batch.append((piece, number == 0))
-            waiting += len(piece)
-            if waiting >= ENCODE_AT_ONCE:
-                yield batch
-                batch, waiting = [], 0
-    if batch:
-        yield batch
+    try:
+        return prepare_corpus(sources, output, **settings)
+    except ConfigError:
+        if is_prepared(output):  # by another process, while this one waited for it
+            return open_corpus(output)
+        raise
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
@@ -340,10 +297,6 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"The output {output} cannot be made: {ground} is no folder that you may write to.")
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()
-
-
 def _tell(corpus: Corpus, *, how: str) -> None:
     train, val = corpus.split("train"), corpus.split("val")
     tokens, num_bytes = train.num_tokens + val.num_tokens, train.num_bytes + val.num_bytes
@@ -353,3 +306,7 @@ def _tell(corpus: Corpus, *, how: str) -> None:
         f"entries): "
         f"{format_count(train.num_tokens)} to train on, {format_count(val.num_tokens)} to validate ({how})"
     )
+    dropped = corpus.manifest["report"]["dropped"]
+    for reason, what in dropped.items():
+        first = what["examples"][0]["text"].replace("\n", " ")[:60] if what["examples"] else ""
+        log(f"left out {what['documents']} document(s), {format_count(what['bytes'])} bytes: {reason} (as: {first!r})")

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sheepop.data.corpus import Corpus, is_prepared, open_corpus
 from sheepop.data.documents import iter_documents
-from sheepop.data.prepare import Corpus, is_prepared, open_corpus, prepare_corpus, prepare_on_the_way
+from sheepop.data.prepare import prepare_corpus, prepare_on_the_way
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.utils.errors import ConfigError, DataError, SheepopError
 

@@ -1,0 +1,106 @@
+"""All documents of the sources, from their parts: what planning needs to know of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sheepop.data.gather import (
+    Dropped,
+    GatherSettings,
+    Part,
+    Unit,
+    gather,
+    parts_of,
+    read_names,
+    read_report,
+    read_texts,
+)
+from sheepop.data.workers import parallel_map, tell_progress
+from sheepop.utils.logging import warn
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All documents of the sources, as far as the filters let them pass.
+
+    Attributes:
+        hashes, sizes, source_of: of each document its content's hash, its bytes of UTF-8 and its source's number.
+        part_sizes: how many documents each part holds.
+    """
+
+    parts: list[Part]
+    part_sizes: list[int]
+    hashes: NDArray[np.uint64]
+    sizes: NDArray[np.int64]
+    source_of: NDArray[np.uint16]
+    files: list[dict[str, Any]]
+    skipped: list[str]
+    encodings: dict[str, int]
+    dropped: dict[str, Dropped]
+
+    def by_part(self, values: NDArray[Any]) -> list[NDArray[Any]]:
+        """Cut an array of one entry a document at the parts' borders."""
+        return np.split(values, np.cumsum(self.part_sizes)[:-1])
+
+    def drop(self, mask: NDArray[np.bool_], reason: str) -> None:
+        """Note documents that are left out, with the text of the first few."""
+        if not mask.any():
+            return
+        what = self.dropped.setdefault(reason, Dropped())
+        what.documents += int(mask.sum())
+        what.bytes += int(self.sizes[mask].sum())
+        for part, wanted in zip(self.parts, self.by_part(mask), strict=True):
+            if not wanted.any():
+                continue
+            names = read_names(part)
+            for number, text in read_texts(part, wanted):
+                if what.has_enough_examples():
+                    return
+                what.add_example(text, names[number])
+
+
+def gather_all(units: Sequence[Unit], work: Path, settings: GatherSettings, num_workers: int) -> Gathered:
+    """Gather all units, and join what their reports say.
+
+    Raises:
+        DataError: as `gather`.
+    """
+    tasks = [(unit, work, settings) for unit in units]
+    for _ in tell_progress(parallel_map(_gather_one, tasks, num_workers), "read", len(tasks)):
+        pass
+    reports = [read_report(unit, work) for unit in units]
+    parts = [
+        part for unit, report in zip(units, reports, strict=True) for part in parts_of(unit, work, report["parts"])
+    ]
+    indices = [np.load(part.index) for part in parts]
+    sizes = [index["bytes"].astype(np.int64) for index in indices]
+    sources = [np.full(len(size), part.source, np.uint16) for part, size in zip(parts, sizes, strict=True)]
+    dropped: dict[str, Dropped] = {}
+    encodings: dict[str, int] = {}
+    for report in reports:
+        for encoding, count in report["encodings"].items():
+            encodings[encoding] = encodings.get(encoding, 0) + count
+        for reason, what in report["dropped"].items():
+            dropped.setdefault(reason, Dropped()).join(Dropped(**what))
+    skipped = [reason for report in reports for reason in report["skipped"]]
+    if skipped:
+        warn(f"{len(skipped)} file(s) could not be read and were left out:\n  " + "\n  ".join(skipped))
+    return Gathered(
+        parts=parts,
+        part_sizes=[len(size) for size in sizes],
+        hashes=np.concatenate([np.zeros(0, np.uint64), *(index["hashes"] for index in indices)]),
+        sizes=np.concatenate([np.zeros(0, np.int64), *sizes]),
+        source_of=np.concatenate([np.zeros(0, np.uint16), *sources]),
+        files=[file for report in reports for file in report["files"]],
+        skipped=skipped,
+        encodings=encodings,
+        dropped=dropped,
+    )
+
+
+def _gather_one(task: tuple[Unit, Path, GatherSettings]) -> None:
+    gather(*task)

@@ -110,7 +110,7 @@ def sides_of(task: EncodeTask, number: int, text: str) -> Iterator[tuple[str, st
 
 def encode(tokenizer: Tokenizer, text: str, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return the token ids of a text of any length."""
-    pieces = [np.asarray(ids, dtype=dtype) for ids in map(tokenizer.encode, tokenizer.cut(text, ENCODE_AT_ONCE))]
+    pieces = [tokenizer.encode_array(piece).astype(dtype) for piece in tokenizer.cut(text, ENCODE_AT_ONCE)]
     return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
 

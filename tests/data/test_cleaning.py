@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sheepop.data.cleaning import CLEANINGS, clean
+from sheepop.data.cleaning import CLEANINGS, EMPTY_LINES, INVISIBLE, LINE_ENDS, TRAILING_SPACE, clean
 
 
 def test_none_leaves_the_text_alone() -> None:
@@ -34,3 +34,10 @@ def test_repair_mends_wrong_decoding_and_keeps_typography() -> None:
 def test_cleaning_twice_is_cleaning_once(cleaning: str, text: str) -> None:
     once = clean(text, cleaning)  # type: ignore[arg-type]
     assert clean(once, cleaning) == once  # type: ignore[arg-type]
+
+
+@given(st.text(alphabet=st.characters() | st.sampled_from(" \t\r\n\x00\u2028\ufeff")))
+def test_the_short_cuts_change_nothing(text: str) -> None:
+    slow = INVISIBLE.sub("", LINE_ENDS.sub("\n", text))
+    slow = EMPTY_LINES.sub("\n\n\n", TRAILING_SPACE.sub("", slow))
+    assert clean(text, "standard") == slow

@@ -1,0 +1,107 @@
+"""Byte-level BPE through `gigatoken`, many times as fast as the general library, wherever both give the same tokens.
+
+It keeps the tokens of the words that it has seen (text has few different words) and splits text with vector
+instructions. What it cannot be relied on for goes to the general library: see `has_unassigned`.
+"""
+
+import json
+import unicodedata
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sheepop.data.tokenizer_parts import CL100K, O200K, splitting_pattern
+
+NUM_CODE_POINTS = 0x110000
+# The engine never forgets a word. Made anew after this many characters, in a fifth of a second, it holds some 60 MB
+# after English novels, and 380 MB after words drawn at random, which are all different.
+CHARACTERS_KEPT = 64_000_000
+# How the engine names the patterns that it knows, where that is not the pattern itself.
+ENGINE_PATTERNS = {
+    CL100K: r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+    r"|\s+(?!\S)|\s+",
+    O200K: O200K,
+}
+
+
+class FastBpe:
+    """The engine for one `tokenizer.json`; made by `fast_bpe`. It can be pickled, without the words it has seen."""
+
+    def __init__(self, layout_json: str) -> None:
+        self._layout_json = layout_json
+        self._renew()
+
+    def __reduce__(self) -> tuple[type["FastBpe"], tuple[str]]:
+        return FastBpe, (self._layout_json,)
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """Return the token ids of a text on the calling thread's core; the text has no unassigned code points.
+
+        Raises:
+            TypeError: the text holds half of a surrogate pair.
+        """
+        if self._characters > CHARACTERS_KEPT:
+            self._renew()
+        self._characters += len(text)
+        ids: NDArray[np.uint32] = self._encoder.encode(text)
+        return ids
+
+    def _renew(self) -> None:
+        from gigatoken import Tokenizer as Gigatoken
+
+        self._encoder = Gigatoken.from_json(self._layout_json)
+        self._characters = 0
+
+
+def fast_bpe(layout: dict[str, Any]) -> FastBpe | None:
+    """Return the engine for a parsed `tokenizer.json`.
+
+    Returns:
+        None where the extra `fast` is not installed, or the layout is not one for which its tokens are known to be
+        those of the general library: byte-level BPE without dropout, normalizer or plain added tokens, split as
+        GPT-2, cl100k or o200k do.
+    """
+    model, pattern = layout["model"], splitting_pattern(layout)
+    is_known = (
+        model["type"] == "BPE"
+        and not any(model.get(key) for key in ("dropout", "byte_fallback", "unk_token"))
+        and not any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix"))
+        and all(added["special"] for added in layout["added_tokens"])
+        and (pattern == "gpt2" or pattern in ENGINE_PATTERNS)
+    )
+    if not is_known:
+        return None
+    # Special tokens are left out, because the engine would find their names in plain text.
+    layout = {**layout, "added_tokens": [], "post_processor": None}
+    if pattern in ENGINE_PATTERNS:
+        split, as_bytes = layout["pre_tokenizer"]["pretokenizers"]
+        split = {**split, "pattern": {"Regex": ENGINE_PATTERNS[pattern]}}
+        layout["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, as_bytes]}
+    try:
+        return FastBpe(json.dumps(layout))
+    except ImportError:
+        return None
+    except Exception:  # the library raises bare Exceptions for what it does not support, such as missing bytes
+        return None
+
+
+def has_unassigned(text: str) -> bool:
+    """Whether a text has code points without a character in the Unicode of this Python.
+
+    Whether those are letters depends on the version of Unicode, and each library of tokenizers has its own.
+
+    Raises:
+        UnicodeEncodeError: the text holds half of a surrogate pair.
+    """
+    if text.isascii():
+        return False
+    code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    return bool(_unassigned().take(code_points).any())
+
+
+@cache
+def _unassigned() -> NDArray[np.bool_]:
+    categories = (unicodedata.category(chr(code_point)) == "Cn" for code_point in range(NUM_CODE_POINTS))
+    return np.fromiter(categories, dtype=np.bool_, count=NUM_CODE_POINTS)

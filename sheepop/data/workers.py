@@ -9,7 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from sheepop.utils.errors import DataError
+from sheepop.utils.errors import WorkerLostError
 from sheepop.utils.logging import log
 
 Task = TypeVar("Task")
@@ -29,7 +29,7 @@ def parallel_map(function: Callable[[Task], Result], tasks: Iterable[Task], num_
         function: of a module's top level, so that another process finds it.
 
     Raises:
-        DataError: a worker was killed. What `function` raises reaches the caller at its place.
+        WorkerLostError: a worker was killed. What `function` raises reaches the caller at its place.
     """
     if num_workers <= 1:
         yield from map(function, tasks)
@@ -46,7 +46,7 @@ def parallel_map(function: Callable[[Task], Result], tasks: Iterable[Task], num_
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise DataError(
+            raise WorkerLostError(
                 "A worker process was ended from outside, probably because the memory was full. What is done is kept: "
                 "run the same command again, with fewer --workers."
             ) from None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sheepop.utils.errors import SheepopError
+from sheepop.utils.errors import NoSpaceError, SheepopError, WorkerLostError
 from sheepop.utils.logging import log
 
 
@@ -15,8 +15,8 @@ from sheepop.utils.logging import log
 def working_folder(output: Path, *, keep: bool) -> Iterator[Path]:
     """Yield the folder beside `output` that holds unfinished work, for this process alone.
 
-    It stays when the process is killed, interrupted or out of space, so that the next run goes on with it, and with
-    `keep`; it goes away when all is done, and when what the user asked for cannot be.
+    It stays when the process or a worker is killed, interrupted or out of space, so that the next run goes on with it,
+    and with `keep`; it goes away when all is done, and when what the user asked for cannot be.
     """
     folder = output.with_name(f".{output.name}.work")
     with lock_folder(folder):
@@ -24,8 +24,8 @@ def working_folder(output: Path, *, keep: bool) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             yield folder
-        except SheepopError:
-            if not keep:
+        except SheepopError as error:
+            if not keep and not isinstance(error, (NoSpaceError, WorkerLostError)):
                 shutil.rmtree(folder)
             raise
         if not keep:

@@ -26,6 +26,10 @@ class DataError(SheepopError):
     exit_status = 3
 
 
+class WorkerLostError(DataError):
+    """A process that worked on text was ended from outside; what the others did is kept."""
+
+
 class CheckpointError(SheepopError):
     """A model file or checkpoint that is missing, damaged or made for something else."""
 

@@ -158,6 +158,7 @@ def prepare(
     from sheepop.data.prepare import prepare_corpus
     from sheepop.data.selection import Selection, parse_weights
 
+    # FilterSettings and Selection check the words themselves, and say which are allowed.
     filters = FilterSettings(min_characters, max_characters, quality, tuple(language or ()), pii)  # type: ignore[arg-type]
     selection = Selection(
         cleaning=cleaning,  # type: ignore[arg-type]

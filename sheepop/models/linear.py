@@ -1,7 +1,7 @@
 """The linear layer, through the faster of the two matrix libraries that PyTorch carries for the CPU.
 
 PyTorch sends fp32 products to MKL, which holds back on processors that its maker did not build: on an AMD EPYC the
-oneDNN library beside it takes 10 to 35 % less time for the same product (`docs/log.md`).
+oneDNN library beside it takes up to a third less time for the same product (`benchmarks/linear.py`).
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# oneDNN's calls cost some 30 microseconds more, which pays from about these sizes on (`benchmarks/linear.py`).
+# oneDNN's calls cost some 20 microseconds more, which pays from about these sizes on (`benchmarks/linear.py`).
 LEAST_PRODUCTS = 2**23  # multiplications of the forward pass
 LEAST_WEIGHTS = 2**18  # entries of the weight, for the gradient that has its shape
 

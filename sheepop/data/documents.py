@@ -22,7 +22,7 @@ from sheepop.data.records import (
     texts_of_records,
 )
 from sheepop.data.splitting import split_at, split_stream
-from sheepop.utils.errors import DataError
+from sheepop.utils.errors import ChangedError, DataError
 from sheepop.utils.logging import log, warn
 
 __all__ = ["Document", "documents_of_file", "iter_documents", "list_files", "read_text", "split_at"]
@@ -90,6 +90,7 @@ def documents_of_file(
     Raises:
         DataError: the file cannot be read, or nothing in it. It may come behind documents that were read before the
             damage.
+        ChangedError: something wrote to the file meanwhile.
     """
     source = str(path)
 
@@ -110,7 +111,7 @@ def documents_of_file(
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror or error}.") from None
     if (before.st_mtime_ns, before.st_size, before.st_ino) != (after.st_mtime_ns, after.st_size, after.st_ino):
-        raise DataError(f"{source} changed while it was read. Wait until it is written, and start again.")
+        raise ChangedError(f"{source} changed while it was read. Wait until it is written, and start again.")
 
 
 def iter_documents(

@@ -21,7 +21,7 @@ from sheepop.data.documents import Document, documents_of_file
 from sheepop.data.duplicates import content_hash, minhash_signature
 from sheepop.data.filters import FilterSettings, reason_to_drop
 from sheepop.data.pii import replace_pii
-from sheepop.utils.errors import DataError
+from sheepop.utils.errors import ChangedError, DataError
 from sheepop.utils.files import read_json, sha256_of_file, to_json, write_json
 
 UNIT_BYTES = 16_000_000  # of files that one worker reads
@@ -139,6 +139,7 @@ def gather(unit: Unit, folder: Path, settings: GatherSettings) -> None:
 
     Raises:
         DataError: a file that the user named cannot be read, or any file with `strict`.
+        ChangedError: something wrote to a file, or took it away.
     """
     report = folder / f"{unit.name}.json"
     if report.exists():
@@ -162,11 +163,14 @@ def gather(unit: Unit, folder: Path, settings: GatherSettings) -> None:
                 else:
                     parts.add(Document(text, document.source), settings.find_near_duplicates)
             files.append({"path": str(path), "bytes": path.stat().st_size, "sha256": sha256_of_file(path)})
-        except (DataError, OSError) as error:
-            reason = str(error) if isinstance(error, DataError) else f"{path} cannot be read: {error.strerror}."
-            if unit.named or settings.strict or "changed while" in reason:
-                raise DataError(reason) from None
-            skipped.append(reason)
+        except FileNotFoundError:
+            raise ChangedError(f"{path} went away while it was read. Run the command again.") from None
+        except ChangedError:
+            raise
+        except DataError as error:
+            if unit.named or settings.strict:
+                raise
+            skipped.append(str(error))
     parts.close()
     write_json(
         report,

@@ -63,8 +63,10 @@ class Gathered:
                 what.add_example(text, names[number])
 
 
-def gather_all(units: Sequence[Unit], work: Path, settings: GatherSettings, num_workers: int) -> Gathered:
-    """Gather all units, and join what their reports say.
+def gather_all(
+    units: Sequence[Unit], work: Path, settings: GatherSettings, num_workers: int, closed: Sequence[str]
+) -> Gathered:
+    """Gather all units, and join what their reports say; `closed` are the folders that could not be opened.
 
     Raises:
         DataError: as `gather`.
@@ -86,9 +88,9 @@ def gather_all(units: Sequence[Unit], work: Path, settings: GatherSettings, num_
             encodings[encoding] = encodings.get(encoding, 0) + count
         for reason, what in report["dropped"].items():
             dropped.setdefault(reason, Dropped()).join(Dropped(**what))
-    skipped = [reason for report in reports for reason in report["skipped"]]
+    skipped = [*closed, *(reason for report in reports for reason in report["skipped"])]
     if skipped:
-        warn(f"{len(skipped)} file(s) could not be read and were left out:\n  " + "\n  ".join(skipped))
+        warn(f"{len(skipped)} file(s) or folder(s) could not be read and were left out:\n  " + "\n  ".join(skipped))
     return Gathered(
         parts=parts,
         part_sizes=[len(size) for size in sizes],

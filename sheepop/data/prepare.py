@@ -38,8 +38,7 @@ from sheepop.utils.logging import format_count, log, warn
 
 PREPARATION = 2  # raised when the same text and settings give other files
 SMALL_INPUT = 8_000_000  # bytes of files below which starting processes costs more than it saves
-# Merges are the same from this much text on, but for rare words.
-TRAIN_TOKENIZER_ON = 256_000_000  # bytes
+TRAIN_TOKENIZER_ON = 256_000_000  # bytes; bounds the time that training a tokenizer takes
 LEAKAGE_TO_WARN_OF = 0.01
 
 
@@ -94,7 +93,10 @@ def prepare_corpus(
         )
     selection.validate(sources)
     _check_output(output, overwrite=overwrite or incremental)
-    files = list_files(sources, include=selection.include, exclude=selection.exclude)
+    closed: list[str] = []
+    files = list_files(sources, include=selection.include, exclude=selection.exclude, unreadable=closed)
+    if closed and selection.strict:
+        raise DataError(closed[0])
     gathering = GatherSettings(
         separator, selection.cleaning, selection.filters, selection.deduplicate == "near", selection.strict
     )
@@ -104,7 +106,7 @@ def prepare_corpus(
 
     with full_disk_is_a_clear_error(output), working_folder(output, keep=incremental) as work:
         _check_output(output, overwrite=overwrite or incremental)  # again: another process may have been here meanwhile
-        gathered = gather_all(units, work, gathering, num_workers)
+        gathered = gather_all(units, work, gathering, num_workers, closed)
         if not gathered.parts:
             raise DataError(
                 f"There is no text in {', '.join(map(str, sources))}: the files are empty, were filtered out, or none "
@@ -115,7 +117,7 @@ def prepare_corpus(
         if trained.vocab_size < vocab_size and tokenizer in KINDS:
             log(f"the text fills {trained.vocab_size} of the {vocab_size} entries that were asked for")
         dtype = "uint16" if trained.vocab_size <= 2**16 else "uint32"
-        tasks = _encode_tasks(gathered, plan, work / TOKENIZER_FILE, dtype)
+        tasks = _encode_tasks(gathered, plan, work / TOKENIZER_FILE, trained.fingerprint, dtype)
         for _ in tell_progress(parallel_map(encode_part, tasks, num_workers), "encoded", len(tasks)):
             pass
         leakage = _find_leakage(gathered, plan, num_workers)
@@ -211,7 +213,7 @@ def _make_tokenizer(tokenizer: str, vocab_size: int, gathered: Gathered, plan: P
     return trained
 
 
-def _encode_tasks(gathered: Gathered, plan: Plan, tokenizer: Path, dtype: str) -> list[EncodeTask]:
+def _encode_tasks(gathered: Gathered, plan: Plan, tokenizer: Path, fingerprint: str, dtype: str) -> list[EncodeTask]:
     first_used = int(np.argmax(plan.copies > 0))
     tasks = []
     begin = 0
@@ -219,7 +221,7 @@ def _encode_tasks(gathered: Gathered, plan: Plan, tokenizer: Path, dtype: str) -
         gathered.parts, gathered.by_part(plan.copies), gathered.by_part(plan.held_out), strict=True
     ):
         first = first_used - begin if begin <= first_used < begin + len(copies) else None
-        tasks.append(EncodeTask(part, tokenizer, dtype, copies, held_out, plan.train_share, first))
+        tasks.append(EncodeTask(part, tokenizer, fingerprint, dtype, copies, held_out, plan.train_share, first))
         begin += len(copies)
     return tasks
 
@@ -269,9 +271,8 @@ def prepare_on_the_way(sources: Sequence[Path], data_dir: Path, **settings: Any)
         how = {**settings, "tokenizer": Tokenizer.load(Path(settings["tokenizer"])).fingerprint}
     else:
         how = settings
-    settings_key = {key: value if key != "selection" else asdict(value) for key, value in how.items()}
     content = [(path.name, sha256_of_file(path)) for path in list_files(sources)]
-    key = hashlib.sha256(to_json([PREPARATION, content, settings_key]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(to_json([PREPARATION, content, how]).encode()).hexdigest()[:12]
     output = data_dir / "prepared" / f"{sources[0].resolve().stem}-{key}"
     if is_prepared(output):
         log(f"the text was prepared before: {output}")

@@ -40,11 +40,13 @@ class EncodeTask:
 
     Attributes:
         tokenizer: file of the tokenizer.
+        fingerprint: of that tokenizer.
         first_used: number of the corpus's first used document, if it is in this part.
     """
 
     part: Part
     tokenizer: Path
+    fingerprint: str
     dtype: str
     copies: NDArray[np.uint8]
     held_out: NDArray[np.bool_]
@@ -54,8 +56,8 @@ class EncodeTask:
     @property
     def key(self) -> str:
         """A digest of all that the token ids follow from."""
-        digest = hashlib.blake2b(self.tokenizer.read_bytes(), digest_size=16)
-        digest.update(repr((self.part.text.name, self.dtype, self.train_share, self.first_used)).encode())
+        what = (self.fingerprint, self.part.text.name, self.dtype, self.train_share, self.first_used)
+        digest = hashlib.blake2b(repr(what).encode(), digest_size=16)
         digest.update(self.copies.tobytes() + self.held_out.tobytes())
         return digest.hexdigest()
 
@@ -69,7 +71,7 @@ def encode_part(task: EncodeTask) -> None:
     if report.exists() and read_json(report, DataError)["key"] == task.key:
         return
     report.unlink(missing_ok=True)
-    tokenizer = load_tokenizer(task.tokenizer)
+    tokenizer = load_tokenizer(task.tokenizer, task.fingerprint)
     dtype = np.dtype(task.dtype).newbyteorder("<")
     end_of_text = np.array([tokenizer.end_of_text_id], dtype=dtype)
     index = np.load(task.part.index)
@@ -114,13 +116,9 @@ def encode(tokenizer: Tokenizer, text: str, dtype: np.dtype[Any]) -> NDArray[Any
     return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer, once a process for each state of the file."""
-    return _load_tokenizer(path, hashlib.sha256(path.read_bytes()).digest())
-
-
 @lru_cache(maxsize=1)
-def _load_tokenizer(path: Path, _content: bytes) -> Tokenizer:
+def load_tokenizer(path: Path, _fingerprint: str) -> Tokenizer:
+    """Load a tokenizer, once a process for each fingerprint."""
     return Tokenizer.load(path)
 
 

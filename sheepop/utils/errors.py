@@ -26,6 +26,10 @@ class DataError(SheepopError):
     exit_status = 3
 
 
+class ChangedError(DataError):
+    """A file that something wrote to while it was read."""
+
+
 class WorkerLostError(DataError):
     """A process that worked on text was ended from outside; what the others did is kept."""
 

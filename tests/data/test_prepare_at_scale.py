@@ -1,5 +1,6 @@
 """Preparation with workers, kills, filters, weights and growing sources: the same files, or a clear report."""
 
+import errno
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from sheepop.data.prepare import prepare_corpus
 from sheepop.data.selection import Selection, parse_weights
 from sheepop.data.shards import encode
 from sheepop.data.tokenizer import Tokenizer
-from sheepop.utils.errors import ConfigError
+from sheepop.utils.errors import ConfigError, DataError, NoSpaceError
 
 from .test_prepare import SETTINGS, documents_of, write_documents
 
@@ -192,6 +193,44 @@ def test_a_file_that_cannot_be_read_is_listed_or_an_error(library: Path, tmp_pat
         prepare([library / "image.txt"], tmp_path / "named")
     assert not (tmp_path / "strict").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_that_cannot_be_opened_is_listed_or_an_error(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (library / "closed").mkdir()
+    scandir = os.scandir
+
+    def guarded(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    (problem,) = report_of(prepare([library], tmp_path / "out"))["skipped"]
+    assert "closed cannot be opened" in problem
+    with pytest.raises(DataError, match="closed cannot be opened"):
+        prepare([library], tmp_path / "strict", Selection(strict=True))
+
+
+def test_a_full_disk_is_no_unreadable_file(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, calls = np.savez, []
+
+    def full_for_a_moment(*arguments: Any, **arrays: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*arguments, **arrays)
+
+    monkeypatch.setattr("sheepop.data.gather.PART_BYTES", 1000)
+    monkeypatch.setattr("sheepop.data.gather.np.savez", full_for_a_moment)
+    with pytest.raises(NoSpaceError):
+        prepare([library], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert (
+        prepare([library], tmp_path / "out").manifest["files"] == prepare([library], tmp_path / "b").manifest["files"]
+    )
 
 
 @pytest.mark.slow

@@ -21,9 +21,10 @@ from sheepop.data.dataset import num_windows, open_tokens, read_windows
 from sheepop.data.packing import find_documents, open_plan, read_packed
 from sheepop.data.sampler import Sampler
 from sheepop.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from sheepop.training.batches import batch_loader
 from sheepop.training.distributed import World
 from sheepop.training.run import set_up
-from sheepop.training.trainer import Run, batch_loader
+from sheepop.training.state import Run
 from sheepop.utils.runtime import keep_freed_memory
 
 SIZES = ((64, 1024), (16, 1024), (4, 256), (1, 1024), (256, 64))  # batch, context

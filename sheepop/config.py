@@ -146,10 +146,34 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto follows use_amp, the device and the model's width"
     )
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="how several processes share a model: each holds all of it (ddp) or a part (fsdp); auto is fsdp "
+        "where a GPU could not hold all of it",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="keep one activation a layer and compute the others again: less memory, a third more work"
+    )
+    on_bad_numbers: Literal["stop", "skip"] = Field(
+        "stop", description="when loss or gradient is not finite: end the run, or leave the step out"
+    )
+    on_loss_spike: Literal["report", "skip", "ignore"] = Field(
+        "report", description="when the loss jumps: say so, leave the step out too, or do not look"
+    )
+    spike_threshold: float = Field(
+        6.0, gt=0, description="a loss so many standard deviations above the mean of the last 128 steps is a spike"
+    )
+    max_skipped_steps: PositiveInt = Field(10, description="steps left out in a row before the run ends")
     save_dir: str = Field("checkpoints", min_length=1, description="the run's folder")
     save_interval: PositiveInt | None = Field(None, description="steps between extra checkpoints; null: epochs only")
     keep_last: PositiveInt = Field(
         3, description="step checkpoints that are kept; epochs and the best are never removed"
+    )
+    keep_every: PositiveInt | None = Field(
+        None, description="checkpoints at multiples of so many steps are never removed; null: keep_last decides"
+    )
+    async_save: bool = Field(
+        False, description="write checkpoints beside the training, from a copy of weights and moments"
     )
     log_interval: PositiveInt = Field(10, description="steps between lines of progress")
     eval_interval: PositiveInt | None = Field(

@@ -1,6 +1,7 @@
 """Scores on held-out text: loss, accuracy, and the figures that compare models with different tokenizers."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def evaluate_tokens(
     document_mask: bool = False,
     end_of_text_id: int | None = None,
     autocast_dtype: torch.dtype | None = None,
+    before_batch: Callable[[], None] | None = None,
 ) -> Scores:
     """Score every token after the first, each once.
 
@@ -97,6 +99,7 @@ def evaluate_tokens(
         document_mask: tokens see only their own document.
         end_of_text_id: the token that begins a document; needed for `document_mask`.
         autocast_dtype: lower precision of the forward pass; loss and sums are in fp32 and fp64 in any case.
+        before_batch: called before each forward pass; what it raises ends the scoring.
 
     Raises:
         ConfigError: a window, stride or batch size that cannot be.
@@ -121,6 +124,8 @@ def evaluate_tokens(
     autocast = torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None)
     with inference(model), autocast:
         for first in range(0, len(windows), batch_size):
+            if before_batch is not None:
+                before_batch()
             batch = windows[first : first + batch_size]
             inputs, targets = read_windows(tokens, batch * stride, context)  # (B, T) each
             targets[batch > 0, : context - stride] = IGNORE_INDEX  # the window before has scored them

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sheepop.config import ModelConfig
 from sheepop.models.attention import attention
@@ -130,7 +131,11 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block: the sub-layers read a normalised copy and add to the residual stream (Xiong et al. 2020)."""
+    """Pre-norm block: the sub-layers read a normalised copy and add to the residual stream (Xiong et al. 2020).
+
+    With `recomputes` the backward pass computes the block's inner activations again from its input, which is all that
+    is kept (activation checkpointing: Chen et al. 2016); results are the same, dropout included.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -139,9 +144,15 @@ class TransformerBlock(nn.Module):
         self.feed_forward_norm = make_norm(config, config.d_model)
         self.feed_forward = FeedForward(config)
         self.dropout = config.dropout
+        self.recomputes = False
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(self._pass, hidden, context, use_reentrant=False)  # type: ignore[no-any-return]
+        return self._pass(hidden, context)
+
+    def _pass(self, hidden: Tensor, context: Context) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         hidden = hidden + drop(self.attention(self.attention_norm(hidden), context), dropout)
         return hidden + drop(self.feed_forward(self.feed_forward_norm(hidden)), dropout)

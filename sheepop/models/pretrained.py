@@ -3,24 +3,32 @@
 Nothing is unpickled: settings are JSON and weights are safetensors.
 """
 
+import hashlib
 import json
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sheepop.config import Config, parse_config
+from sheepop.config import Config, ModelConfig, parse_config
 from sheepop.models.transformer import TransformerModel
 from sheepop.utils.errors import CheckpointError, ConfigError
-from sheepop.utils.files import read_json, sha256_of_file, to_json
+from sheepop.utils.files import read_json, sha256_of_file, to_json, write_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MANIFEST_FILE = "manifest.json"
 LATEST_POINTER = "latest.json"
 BEST_POINTER = "best.json"
+STATE_FILE = "training_state/state.json"
+CHECKPOINT_FORMAT = "sheepop-checkpoint"
+FORMAT_VERSION = 2  # 1: the manifest had no sum of itself, the state no guard and PyTorch's own loss scaler
 
 
 def resolve_checkpoint(path: Path | str) -> Path:
@@ -43,16 +51,82 @@ def resolve_checkpoint(path: Path | str) -> Path:
     if (path / WEIGHTS_FILE).is_file():
         return path
     for pointer in (BEST_POINTER, LATEST_POINTER):
-        if (path / pointer).is_file():
-            name = read_json(path / pointer, CheckpointError).get("checkpoint")
-            target = path / str(name)
-            if (target / WEIGHTS_FILE).is_file():
-                return target
+        target = follow_pointer(path, pointer)
+        if target is not None:
+            return target
+    for target in checkpoints_of(path):  # a run that was killed before it wrote its first pointer
+        if (target / MANIFEST_FILE).is_file():
+            return target
     present = sorted(entry.name for entry in path.parent.glob("checkpoint_*")) if path.parent.is_dir() else []
     inside = sorted(entry.name for entry in path.glob("checkpoint_*")) if path.is_dir() else []
     hint = f" There is: {', '.join((inside or present)[-5:])}." if inside or present else ""
     what = "holds no checkpoint" if path.is_dir() else "does not exist"
     raise CheckpointError(f"{path} {what}.{hint} Train a model with `sheepop train`, or name another folder.")
+
+
+def follow_pointer(run: Path, pointer: str) -> Path | None:
+    """Return the checkpoint that `latest.json` or `best.json` of a run names, or None where that leads nowhere."""
+    try:
+        target = run / str(read_json(run / pointer, CheckpointError).get("checkpoint"))
+    except CheckpointError:
+        return None
+    return target if (target / WEIGHTS_FILE).is_file() else None
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, whole or not, the one after the most steps first."""
+
+    def steps(folder: Path) -> tuple[int, str]:
+        for name in (MANIFEST_FILE, STATE_FILE):
+            try:
+                return int(read_json(folder / name, CheckpointError)["step"]), folder.name
+            except (CheckpointError, KeyError, TypeError, ValueError):
+                continue
+        return -1, folder.name
+
+    return sorted((path for path in run.glob("checkpoint_*") if path.is_dir()), key=steps, reverse=True)
+
+
+def write_manifest(folder: Path, *, step: int) -> None:
+    """List every file of a checkpoint with its size and SHA-256 sum; the manifest carries a sum of itself."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    manifest = {"format": CHECKPOINT_FORMAT, "version": FORMAT_VERSION, "step": step, "files": files}
+    write_json(folder / MANIFEST_FILE, manifest | {"sha256": _sum_of(manifest)})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of a version that is not known yet.
+    """
+    path = folder / MANIFEST_FILE
+    manifest = read_json(path, CheckpointError)
+    version, files = manifest.get("version"), manifest.get("files")
+    if manifest.get("format") != CHECKPOINT_FORMAT or not isinstance(files, dict) or not isinstance(version, int):
+        raise CheckpointError(f"{path} does not list the files of a checkpoint; use another checkpoint.")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"The checkpoint {folder} has version {version} of the format, but this sheepop reads up to "
+            f"{FORMAT_VERSION}. Use the sheepop that wrote it, or a newer one."
+        )
+    # Written again it must be the same text, so that a change of any of its bytes is found.
+    own_sum = manifest.pop("sha256", None)
+    is_same = path.read_text(encoding="utf-8") == to_json(manifest | {"sha256": own_sum}) + "\n"
+    if version > 1 and not (is_same and own_sum == _sum_of(manifest)):  # the first version had no sum
+        raise CheckpointError(
+            f"The checkpoint {folder} is damaged: {MANIFEST_FILE} was changed after it was written. Use another "
+            "checkpoint."
+        )
+    return manifest
+
+
+def _sum_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(to_json(manifest).encode()).hexdigest()
 
 
 def verify_manifest(folder: Path) -> None:
@@ -64,13 +138,10 @@ def verify_manifest(folder: Path) -> None:
         CheckpointError: a file is missing or differs; it is named.
     """
     if not (folder / MANIFEST_FILE).is_file():
-        if (folder / "training_state").exists():
+        if (folder / STATE_FILE).parent.exists():
             raise CheckpointError(f"The checkpoint {folder} has no {MANIFEST_FILE}: it was not written to its end.")
         return
-    files = read_json(folder / MANIFEST_FILE, CheckpointError).get("files")
-    if not isinstance(files, dict):
-        raise CheckpointError(f"{folder / MANIFEST_FILE} does not list the checkpoint's files; use another checkpoint.")
-    for name, expected in files.items():
+    for name, expected in read_manifest(folder)["files"].items():
         path = folder / name
         if not path.is_file():
             problem = "is missing"
@@ -83,12 +154,32 @@ def verify_manifest(folder: Path) -> None:
         raise CheckpointError(f"The checkpoint {folder} is damaged: {name} {problem}. Use another checkpoint.")
 
 
-def save_weights(model: TransformerModel, path: Path) -> None:
-    """Write the weights as safetensors under the names of the modules; a tied head is stored once."""
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+def stored_weights(model: TransformerModel) -> dict[str, Tensor]:
+    """Return a model's weights under the names that files have: those of the modules, a tied head only once."""
+    weights: dict[str, Tensor] = model.state_dict()
     if model.config.tie_weights:
         del weights["head.weight"]
-    save_file(weights, path, metadata={"format": "pt", "sheepop": to_json(model.config.model_dump(), indent=None)})
+    return weights
+
+
+def save_weights(weights: Mapping[str, Tensor], settings: ModelConfig, path: Path) -> None:
+    """Write weights, named as by `stored_weights`, as safetensors."""
+    save_tensors(weights, path, {"format": "pt", "sheepop": to_json(settings.model_dump(), indent=None)})
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write named tensors as safetensors.
+
+    Raises:
+        OSError: they could not be written, such as for want of space.
+    """
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+    except SafetensorError as error:  # the library tells the system's error in words alone
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number.group(1)), os.strerror(int(number.group(1))), str(path)) from error
 
 
 def read_settings(folder: Path) -> Config:
@@ -119,15 +210,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: TransformerModel, folder: Path) -> None:
-    """Fill `model` from `folder`.
+    """Fill `model`, which is not sharded, from `folder`.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape; it is named with both shapes.
     """
     weights = read_tensors(folder / WEIGHTS_FILE)
-    own = model.state_dict()
-    if model.config.tie_weights:
-        del own["head.weight"]
+    own = stored_weights(model)
     for name in own.keys() | weights.keys():
         found, wanted = weights.get(name), own.get(name)
         if found is None or wanted is None or found.shape != wanted.shape:

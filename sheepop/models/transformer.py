@@ -116,6 +116,12 @@ class TransformerModel(nn.Module):
         # Vaswani et al. 2017, section 3.4: scaled up so that the unit waves do not drown the tokens.
         return embedded * math.sqrt(self.config.d_model) + self.sinusoidal[positions]
 
+    def recompute_activations(self) -> None:
+        """Let the backward pass compute each block's inner activations again instead of keeping them."""
+        for block in self.blocks:
+            assert isinstance(block, TransformerBlock)
+            block.recomputes = True
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

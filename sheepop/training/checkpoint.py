@@ -1,56 +1,54 @@
 """Checkpoints: folders that are whole or absent, with all that an exact resume needs.
 
 A checkpoint is a pretrained model by itself (`config.json`, `model.safetensors`, `tokenizer.json`) with
-`training_state/` beside it and a manifest of SHA-256 sums that is written last. Nothing is pickled.
+`training_state/` beside it and a manifest of SHA-256 sums that is written last. Nothing is pickled, but for the index
+that PyTorch's distributed engine writes beside the moments of a sharded run (`training_state/sharded/.metadata`); it
+is read only after its sum was compared.
 """
 
-import re
+import copy
+import os
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sheepop.config import Config
 from sheepop.models.pretrained import (
-    BEST_POINTER,
     CONFIG_FILE,
     LATEST_POINTER,
     MANIFEST_FILE,
+    STATE_FILE,
     WEIGHTS_FILE,
+    checkpoints_of,
     load_weights,
+    read_manifest,
     read_tensors,
     resolve_checkpoint,
+    save_tensors,
     save_weights,
+    stored_weights,
     verify_manifest,
+    write_manifest,
 )
 from sheepop.models.transformer import TransformerModel
-from sheepop.utils.errors import CheckpointError
-from sheepop.utils.files import atomic_folder, read_json, sha256_of_file, write_json
+from sheepop.training.distributed import World, full, on_main
+from sheepop.training.state import Run, TrainingState
+from sheepop.utils.errors import CheckpointError, NoSpaceError
+from sheepop.utils.files import atomic_folder, full_disk_is_a_clear_error, read_json, recover_replaced, write_json
 from sheepop.utils.logging import log
 
-STATE_FILE = "training_state/state.json"
 OPTIMIZER_FILE = "training_state/optimizer.safetensors"
-FORMAT_VERSION = 1
-
-
-@dataclass
-class TrainingState:
-    """Where a run stands. Everything else about the next step follows from it and the settings.
-
-    Random numbers need no stored generator: dropout draws from `(seed, step, micro_step)`, the sampler from
-    `(seed, step)`.
-    """
-
-    total_steps: int
-    data_fingerprint: str
-    step: int = 0
-    tokens: int = 0
-    elapsed_seconds: float = 0.0
-    best_loss: float | None = None
-    loss_scaler: dict[str, Any] = field(default_factory=dict)
+SHARDED_FOLDER = "training_state/sharded"
+SPARE_BYTES = 1_000_000  # for the files beside the tensors
 
 
 def checkpoint_name(step: int, steps_per_epoch: int) -> str:
@@ -59,66 +57,119 @@ def checkpoint_name(step: int, steps_per_epoch: int) -> str:
     return f"checkpoint_step_{step}" if rest or not step else f"checkpoint_epoch_{epoch}"
 
 
-def save_checkpoint(
-    run: Path,
-    name: str,
-    *,
-    model: TransformerModel,
-    optimizer: torch.optim.Optimizer,
-    config: Config,
-    tokenizer_json: str,
-    state: TrainingState,
-) -> Path:
-    """Write a checkpoint whole, then point `latest.json` at it.
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds.
+
+    Attributes:
+        weights: whole tensors, named as the model stores them; empty on all but the main process.
+        moments: the optimizer's tensors, named by their weight: `blocks.0.attention.output.weight/exp_avg`; this
+            process's slices of them where the run is sharded.
+        is_sharded: whether they are slices.
+    """
+
+    config: Config
+    tokenizer_json: str
+    state: TrainingState
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    is_sharded: bool
+
+
+def take_snapshot(run: Run, *, copied: bool = False) -> Snapshot:
+    """Collect what a checkpoint holds, as it is now; all processes of a sharded run must call it.
+
+    Args:
+        run: as it stands between two steps.
+        copied: whether tensors are copied, so that later steps do not change them.
+    """
+
+    def keep(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=copied)
+
+    weights = {}
+    for name, weight in stored_weights(run.model).items():
+        whole = full(weight)
+        if run.world.is_main:
+            weights[name] = keep(whole)
+    is_sharded = any(isinstance(parameter, DTensor) for parameter in run.model.parameters())
+    moments = {
+        f"{name}/{key}": tensor if is_sharded else keep(tensor)
+        for name, parameter in run.model.named_parameters()
+        for key, tensor in run.optimizer.state.get(parameter, {}).items()
+    }
+    return Snapshot(
+        run.config, run.tokenizer.to_json(), copy.deepcopy(run.state), weights, moments, is_sharded=is_sharded
+    )
+
+
+def save_checkpoint(folder: Path, name: str, snapshot: Snapshot, world: World | None = None) -> Path:
+    """Write a checkpoint into a run's folder whole, then point `latest.json` at it.
+
+    The moments of a sharded run are written by all processes at once, which therefore all call this; the weights are
+    in one piece in any case, so that the checkpoint is a model by itself.
 
     Raises:
         NoSpaceError: the disk is full; earlier checkpoints and the pointer are untouched.
     """
-    target = run / name
-    with atomic_folder(target) as folder:
-        (folder / "training_state").mkdir()
-        write_json(folder / CONFIG_FILE, config.model_dump())
-        (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-        save_weights(model, folder / WEIGHTS_FILE)
-        save_file(_optimizer_tensors(model, optimizer), folder / OPTIMIZER_FILE)
-        write_json(folder / STATE_FILE, asdict(state) | {"seed": config.seed})
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        sums = {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-            for path in files
-        }
-        manifest = {"format": "sheepop-checkpoint", "version": FORMAT_VERSION, "step": state.step, "files": sums}
-        write_json(folder / MANIFEST_FILE, manifest)
-    write_json(run / LATEST_POINTER, {"checkpoint": name, "step": state.step})
+    world = world or World()
+    target = folder / name
+    shards = folder / f".{name}.shards.tmp"
+    on_main(world, lambda: check_free_space(target, snapshot, world))
+    if snapshot.is_sharded:
+        with full_disk_is_a_clear_error(target):
+            save_shards(snapshot.moments, shards)
+
+    def publish() -> None:
+        with atomic_folder(target) as temporary:
+            (temporary / STATE_FILE).parent.mkdir()
+            write_json(temporary / CONFIG_FILE, snapshot.config.model_dump())
+            (temporary / "tokenizer.json").write_text(snapshot.tokenizer_json, encoding="utf-8")
+            save_weights(snapshot.weights, snapshot.config.model, temporary / WEIGHTS_FILE)
+            if snapshot.is_sharded:
+                os.replace(shards, temporary / SHARDED_FOLDER)
+            else:
+                save_tensors(snapshot.moments, temporary / OPTIMIZER_FILE)
+            write_json(temporary / STATE_FILE, asdict(snapshot.state) | {"seed": snapshot.config.seed})
+            write_manifest(temporary, step=snapshot.state.step)
+        write_json(folder / LATEST_POINTER, {"checkpoint": name, "step": snapshot.state.step})
+
+    on_main(world, publish)
     return target
 
 
-def mark_best(run: Path, name: str, *, step: int, loss: float) -> None:
-    """Point `best.json` at the checkpoint with the lowest validation loss so far."""
-    write_json(run / BEST_POINTER, {"checkpoint": name, "step": step, "loss": loss})
+def save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Let every process write its slices, through PyTorch's distributed checkpoints.
+
+    Raises:
+        OSError: on all processes, where one of them could not write.
+    """
+    try:
+        save(dict(tensors), checkpoint_id=folder)
+    except CheckpointException as error:
+        for problem, _ in error.failures.values():
+            if isinstance(problem, OSError):
+                raise problem from error
+        raise
 
 
-def prune_step_checkpoints(run: Path, keep_last: int) -> None:
-    """Remove step checkpoints but the newest `keep_last`; epochs, the best and the latest always stay."""
-    protected = {
-        read_json(run / pointer, CheckpointError).get("checkpoint")
-        for pointer in (BEST_POINTER, LATEST_POINTER)
-        if (run / pointer).exists()
-    }
-    by_step = sorted(run.glob("checkpoint_step_*"), key=_number, reverse=True)
-    for folder in by_step[keep_last:]:
-        if folder.name not in protected:
-            # Renamed first, so that a reader never meets a checkpoint that is half removed.
-            doomed = folder.with_name(f".{folder.name}.old")
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
+def check_free_space(target: Path, snapshot: Snapshot, world: World) -> None:
+    """Compare the size of a checkpoint with what is free, before anything is written.
 
-
-def sweep_leftovers(run: Path) -> None:
-    """Remove what a killed run left half written or half removed."""
-    for pattern in (".checkpoint_*.tmp", ".checkpoint_*.old"):
-        for folder in run.glob(pattern):
-            shutil.rmtree(folder, ignore_errors=True)
+    Raises:
+        NoSpaceError: it would not fit.
+    """
+    weights = sum(tensor.nbytes for tensor in snapshot.weights.values())
+    moments = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in snapshot.moments.values())
+    needed = weights + moments * (world.size if snapshot.is_sharded else 1) + SPARE_BYTES
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise NoSpaceError(
+            f"The checkpoint {target} needs {needed / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are left on the disk. "
+            "Nothing was written and earlier checkpoints are untouched. Free some space, or choose another folder, and "
+            "go on with --resume auto."
+        )
 
 
 def find_resume(run: Path, resume: str) -> Path | None:
@@ -133,9 +184,8 @@ def find_resume(run: Path, resume: str) -> Path | None:
         checkpoint = resolve_resume(Path(resume))
         verify_manifest(checkpoint)
         return checkpoint
-    candidates = sorted((path for path in run.glob("checkpoint_*") if path.is_dir()), key=_step_of, reverse=True)
     reasons = []
-    for candidate in candidates:
+    for candidate in checkpoints_of(run):
         try:
             if not (candidate / MANIFEST_FILE).is_file():
                 raise CheckpointError(f"The checkpoint {candidate} has no {MANIFEST_FILE}.")
@@ -162,54 +212,76 @@ def resolve_resume(path: Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> TrainingState:
-    """Read where the run stood.
+    """Read where the run stood, also from a checkpoint of an older version.
 
     Raises:
         CheckpointError: the state is missing or of an unknown form.
     """
     saved = read_json(checkpoint / STATE_FILE, CheckpointError)
-    known = {item.name for item in fields(TrainingState)}
+    saved.pop("seed", None)
     try:
-        return TrainingState(**{key: value for key, value in saved.items() if key in known})
-    except TypeError as error:
+        if read_manifest(checkpoint)["version"] == 1:
+            scaler = saved.pop("loss_scaler")  # PyTorch's GradScaler, empty where it was not needed
+            kept = {"value": scaler["scale"], "steps_without_overflow": scaler["_growth_tracker"]} if scaler else {}
+            saved |= {"loss_scale": kept, "guard": {}}
+        return TrainingState.from_json(saved)
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / STATE_FILE} is not a training state of sheepop: {error}.") from None
 
 
 def restore(checkpoint: Path, model: TransformerModel, optimizer: torch.optim.Optimizer) -> None:
-    """Fill model and optimizer from a checkpoint that `find_resume` has verified.
+    """Fill model and optimizer from a checkpoint that `find_resume` has verified, sharded or not on either side.
 
     Raises:
         CheckpointError: the checkpoint belongs to a different model.
     """
-    load_weights(model, checkpoint)
-    tensors = read_tensors(checkpoint / OPTIMIZER_FILE)
-    for name, parameter in model.named_parameters():
-        state = {key.rpartition("/")[2]: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] == name}
-        if tensors and not state:
-            raise CheckpointError(f"{checkpoint / OPTIMIZER_FILE} holds nothing for the weight '{name}'.")
+    parameters = dict(model.named_parameters())
+    if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        load_weights(model, checkpoint)
+    else:
+        weights = read_tensors(checkpoint / WEIGHTS_FILE)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(as_placed(weights[name], parameter))
+    moments = read_sharded(checkpoint, parameters) or read_moments(checkpoint)
+    for name, parameter in parameters.items():
+        state = {key.rpartition("/")[2]: tensor for key, tensor in moments.items() if key.rpartition("/")[0] == name}
+        if moments and not state:
+            raise CheckpointError(f"{checkpoint} holds no optimizer state for the weight '{name}'.")
         # AdamW's step counters stay on the CPU unless fused on a GPU; they are copied wherever the weights are.
-        optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in state.items()}
+        optimizer.state[parameter] = {key: as_placed(tensor, parameter) for key, tensor in state.items()}
 
 
-def _optimizer_tensors(model: TransformerModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Name each of the optimizer's tensors by its weight: `blocks.0.attention.output.weight/exp_avg`."""
-    return {
-        f"{name}/{key}": tensor.contiguous()
-        for name, parameter in model.named_parameters()
-        for key, tensor in optimizer.state.get(parameter, {}).items()
-    }
+def as_placed(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Bring a weight or moment to where its parameter is, sliced as that is; a counter stays whole."""
+    if isinstance(tensor, DTensor) or not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return tensor.to(parameter.device)
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
-def _number(folder: Path) -> int:
-    match = re.search(r"(\d+)$", folder.name)
-    return int(match.group(1)) if match else -1
+def read_moments(checkpoint: Path) -> dict[str, Tensor]:
+    """Read the optimizer's tensors of a run that was not sharded."""
+    return read_tensors(checkpoint / OPTIMIZER_FILE)
 
 
-def _step_of(folder: Path) -> tuple[int, int]:
-    """Sort key: the step in the manifest, else in the state; folders without a readable one come last, by number."""
-    for name in (MANIFEST_FILE, STATE_FILE):
-        try:
-            return int(read_json(folder / name, CheckpointError)["step"]), _number(folder)
-        except (CheckpointError, KeyError, TypeError, ValueError):
-            continue
-    return -1, _number(folder)
+def read_sharded(checkpoint: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read the optimizer's tensors of a sharded run, sliced as the parameters now are; empty for any other run."""
+    folder = checkpoint / SHARDED_FOLDER
+    if not folder.is_dir():
+        return {}
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {}
+    for key, what in saved.items():
+        parameter = parameters[key.rpartition("/")[0]]
+        is_counter = what.size != parameter.shape  # type: ignore[union-attr]
+        tensors[key] = torch.zeros((), device="cpu") if is_counter else torch.zeros_like(parameter)
+    load(tensors, checkpoint_id=folder)
+    return tensors
+
+
+def sweep_leftovers(run: Path) -> None:
+    """Remove what a killed run left half written or half removed; put back what it was about to replace."""
+    recover_replaced(run, "checkpoint_*")
+    for pattern in (".checkpoint_*.tmp", ".checkpoint_*.old"):
+        for folder in run.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,17 +1,41 @@
 """Several processes that share the micro-batches of each step, started by `torchrun`.
 
-Every process holds the whole model. Gradients are summed once a step, after the last micro-batch; the loss was
-already divided by the step's number of real targets, so the sum is the gradient that one process would have.
+The loss is divided by the step's number of real targets over all processes before the backward pass, so the gradients
+of the processes add up to the gradient that one process would have, whatever the number of processes.
 """
 
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sheepop.models.transformer import TransformerModel
+from sheepop.utils.errors import LostProcessError, SheepopError
+
+Result = TypeVar("Result")
+
+# fp32 weights, gradients and AdamW's two moments take 16 bytes a parameter; the rest of a GPU is for activations.
+BYTES_A_PARAMETER = 16
+SHARE_FOR_PARAMETERS = 0.5
+
+
+# Tables of positions are buffers, the same everywhere; torch 2.13 gave the option that says so a new name.
+_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+_KEEP_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers": False
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +56,11 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def number_of_restarts() -> int:
+    """Return how often `torchrun --max-restarts` has started the processes again after one was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def local_device(device: torch.device) -> torch.device:
     """Give each of the processes on one machine a GPU of its own, in the order that `torchrun` numbers them."""
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
@@ -42,16 +71,33 @@ def local_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def join_world(device: torch.device) -> Iterator[World]:
-    """Join the processes that `torchrun` started, if it did, and leave them at the end."""
+    """Join the processes that `torchrun` started, if it did, and leave them at the end.
+
+    Raises:
+        LostProcessError: another process is gone.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World()
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # A name of its own for each start: after a restart the store still holds the addresses of the lost processes.
+    store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(f"start-{number_of_restarts()}", store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     try:
-        yield World(rank=dist.get_rank(), size=size)
+        yield World(rank, size)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise LostProcessError(
+                f"Process {rank} of {size} lost the connection to another one, which was ended or broke "
+                f"down; its own message says why. What was saved is whole: start again with --resume auto, or let "
+                f"`torchrun --max-restarts 3` do it. ({str(error).splitlines()[0]})"
+            ) from error
+        raise
     finally:
-        dist.destroy_process_group()
+        # Gloo's group is kept to the end of the process instead (`utils.runtime.end_at_once_among_others`).
+        if device.type == "cuda":
+            dist.destroy_process_group()
 
 
 def sum_over_processes(tensor: Tensor, world: World) -> Tensor:
@@ -61,27 +107,87 @@ def sum_over_processes(tensor: Tensor, world: World) -> Tensor:
     return tensor
 
 
-def sum_gradients(model: nn.Module, world: World) -> None:
-    """Sum the gradients over all processes, packed into one message; a process without a share adds zeros."""
-    if world.size == 1:
-        return
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    packed = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(packed)
-    for gradient, piece in zip(gradients, torch.split(packed, [g.numel() for g in gradients]), strict=True):
-        gradient.copy_(piece.view_as(gradient))
-
-
 def agree_on_any(flag: bool, world: World, device: torch.device) -> bool:
     """Say whether the flag is raised on any process, so that all of them act at the same step."""
     return bool(sum_over_processes(torch.tensor(float(flag), device=device), world).item()) if world.size > 1 else flag
 
 
-def wait_for_all(world: World) -> None:
-    """Let no process go on before the main one has written its files."""
+def on_main(world: World, action: Callable[[], Result]) -> Result:
+    """Let the main process act; all processes return what it returned, or raise the user's error that it raised.
+
+    Without the second half, an error of the main process alone would leave the others waiting for it.
+    """
+    outcome: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            outcome[0] = action()
+        except SheepopError as error:
+            outcome[1] = error
     if world.size > 1:
-        dist.barrier()
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]  # type: ignore[no-any-return]
+
+
+def choose_parallel(
+    asked: Literal["auto", "ddp", "fsdp"], num_parameters: int, device: torch.device, world: World
+) -> Literal["none", "ddp", "fsdp"]:
+    """Return how the processes share the model; `auto` shards it where a GPU could not hold all of it."""
+    if world.size == 1:
+        return "none"
+    if asked != "auto":
+        return asked
+    if device.type != "cuda":
+        return "ddp"
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return "fsdp" if num_parameters * BYTES_A_PARAMETER > SHARE_FOR_PARAMETERS * memory else "ddp"
+
+
+def distribute(model: TransformerModel, how: Literal["none", "ddp", "fsdp"], world: World) -> nn.Module:
+    """Prepare the model for several processes, and return what the training step calls instead of it.
+
+    - ddp (Li et al. 2020): every process holds the whole model; gradients are summed in buckets during the backward
+      pass.
+    - fsdp (Zhao et al. 2023; FSDP2): every process holds a slice of each weight, its gradient and its moments, and
+      gathers a block's weights only while it computes with them. The model's parameters become `DTensor`s, in place.
+    """
+    if how == "ddp":
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **_KEEP_BUFFERS)
+    if how == "fsdp":
+        mesh = init_device_mesh(model.device.type, (world.size,))
+        for module in (*model.blocks, model):
+            sharded = fully_shard(module, mesh=mesh)
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other sum
+        register_fsdp_forward_method(model, "hidden_states")  # which evaluation calls
+    return model
+
+
+def averages_gradients(forward: nn.Module) -> bool:
+    """Say whether the exchange takes the mean over the processes, so that the loss has to be as many times larger."""
+    return isinstance(forward, DistributedDataParallel)
+
+
+@contextmanager
+def gradient_exchange(forward: nn.Module, *, is_last: bool) -> Iterator[None]:
+    """Exchange gradients in the backward pass of a step's last micro-batch only; the others just add up."""
+    if isinstance(forward, FSDPModule):
+        forward.set_requires_gradient_sync(is_last)
+        yield
+    elif isinstance(forward, DistributedDataParallel) and not is_last:
+        with forward.no_sync():
+            yield
+    else:
+        yield
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor on every process; any other is returned as it is. All processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def release_gathered_weights(model: nn.Module) -> None:
+    """Go back to slices of the weights after a forward pass without a backward pass."""
+    if isinstance(model, FSDPModule):
+        model.reshard()

@@ -4,11 +4,19 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from sheepop.config import TrainingConfig
-from sheepop.models.transformer import TransformerModel
+from sheepop.training.batches import batch_loader
+from sheepop.training.distributed import World
+from sheepop.training.optimizer import make_optimizer
+from sheepop.training.state import Run
+from sheepop.training.step import train_step
+from sheepop.training.validation import sample_text, validate
 
 MEASURED_SHARE = 0.03  # of the time budget
 MEASURED_STEPS = 4
@@ -19,6 +27,29 @@ def total_steps_without_clock(training: TrainingConfig, steps_per_epoch: int) ->
     if training.max_steps is not None:
         return training.max_steps
     return training.max_epochs * steps_per_epoch if training.max_epochs is not None else None
+
+
+def decide_length(run: Run) -> int:
+    """Return the number of steps of the run; for a time budget from a short measurement that changes nothing."""
+    training = run.config.training
+    known = total_steps_without_clock(training, run.sampler.steps_per_epoch)
+    if known is not None:
+        return known
+    assert training.max_minutes is not None
+    started = time.perf_counter()
+    validate(run)
+    if training.sample_tokens:
+        sample_text(run)
+    seconds_per_validation = time.perf_counter() - started
+    seconds_per_step = time_of_a_step(run, seconds=MEASURED_SHARE * 60 * training.max_minutes)
+    spent = (time.perf_counter() - started) / 60
+    steps = steps_in_minutes(
+        training.max_minutes - spent,
+        seconds_per_step=seconds_per_step,
+        seconds_per_validation=seconds_per_validation,
+        eval_interval=training.eval_interval,
+    )
+    return run.state.step + _agreed_steps(steps, run)
 
 
 def steps_in_minutes(
@@ -36,21 +67,55 @@ def steps_in_minutes(
     return max(1, int(seconds / seconds_per_step))
 
 
-def measure_seconds_per_step(
-    model: TransformerModel, run_step: Callable[[TransformerModel, int], object], *, first_step: int, seconds: float
-) -> float:
-    """Return the median time of a real training step, measured for some `seconds` on a copy that is thrown away.
+def time_of_a_step(run: Run, *, seconds: float) -> float:
+    """Return the seconds of a real training step, measured for some `seconds` on a copy that is thrown away.
 
-    `run_step(model, step)` makes one step. The first is left out: it pays for allocations. The median
-    leaves out moments in which another program was busy.
+    A sharded model is measured as it is, without the update: a copy may not fit, and all processes must make equally
+    many steps, so their number is fixed.
     """
-    scratch = copy.deepcopy(model)
+    load = batch_loader(run)
+    is_sharded = isinstance(run.model, FSDPModule)
+    if is_sharded:
+        scratch, seconds = run, 0.0
+    else:
+        model = copy.deepcopy(run.model)
+        optimizer = make_optimizer(model, run.config.training)
+        alone = World(run.world.rank, 1)
+        scratch = replace(
+            run, model=model, forward=model, optimizer=optimizer, world=alone, state=copy.deepcopy(run.state)
+        )
+    return measure_seconds_per_step(
+        lambda step: train_step(
+            scratch, load(step), step=step, learning_rate=run.config.training.learning_rate, update=not is_sharded
+        ),
+        device=run.model.device,
+        first_step=run.state.step,
+        seconds=seconds,
+    )
+
+
+def measure_seconds_per_step(
+    run_step: Callable[[int], object], *, device: torch.device, first_step: int, seconds: float
+) -> float:
+    """Return the median time of `run_step(step)`, measured for some `seconds`.
+
+    The first is left out: it pays for allocations. The median leaves out moments in which another program was busy.
+    """
     durations: list[float] = []
     started = time.perf_counter()
     while len(durations) <= MEASURED_STEPS or time.perf_counter() - started < seconds:
         before = time.perf_counter()
-        run_step(scratch, first_step + len(durations))
-        if model.device.type == "cuda":
+        run_step(first_step + len(durations))
+        if device.type == "cuda":
             torch.cuda.synchronize()
         durations.append(time.perf_counter() - before)
     return statistics.median(durations[1:])
+
+
+def _agreed_steps(steps: int, run: Run) -> int:
+    """Let all processes use the main one's number of steps: their clocks differ."""
+    if run.world.size == 1:
+        return steps
+    agreed = torch.tensor(steps, device=run.model.device)
+    dist.broadcast(agreed, src=0)
+    return int(agreed)

@@ -12,30 +12,51 @@ from sheepop.utils.errors import ConfigError
 from sheepop.utils.files import write_atomic
 from sheepop.utils.logging import format_count, format_duration, is_terminal, log
 
+EVENTS_FILE = "events.jsonl"  # steps that were left out, and jumps of the loss
+
 
 class RunLog:
-    """Appends lines to the run's JSONL files and tells the person at the terminal.
+    """Appends lines to the run's JSONL files and tells the person at the terminal; other processes stay silent.
 
     Lines after `step` are dropped on opening, so that a resumed run continues its own record without doubles.
     """
 
-    def __init__(self, run: Path, *, step: int, tensorboard: bool = False) -> None:
-        self.run = run
-        for name in (METRICS_FILE, SAMPLES_FILE):
-            keep_lines_until(run / name, step)
-        self._tensorboard = _open_tensorboard(run / "tensorboard", step) if tensorboard else None
+    def __init__(self, run: Path, *, step: int, tensorboard: bool = False, is_silent: bool = False) -> None:
+        self.run, self.is_silent = run, is_silent
         self._line_is_open = False
+        self._tensorboard = None
+        if is_silent:
+            return
+        for name in (METRICS_FILE, SAMPLES_FILE, EVENTS_FILE):
+            keep_lines_until(run / name, step)
+        if tensorboard:
+            self._tensorboard = _open_tensorboard(run / "tensorboard", step)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def metrics(self, **values: Any) -> None:
         """Append a line to `metrics.jsonl`; numbers that JSON cannot hold become null."""
+        if self.is_silent:
+            return
         _append(self.run / METRICS_FILE, {key: _json_number(value) for key, value in values.items()})
         if self._tensorboard is not None:
             for key, value in values.items():
                 if isinstance(value, float) and key != "elapsed_seconds":
                     self._tensorboard.add_scalar(f"{values['type']}/{key}", value, values["step"])
 
+    def event(self, **values: Any) -> None:
+        """Append to `events.jsonl` that a step was bad or its loss jumped."""
+        if not self.is_silent:
+            _append(self.run / EVENTS_FILE, {key: _json_number(value) for key, value in values.items()})
+
     def sample(self, *, step: int, prompt: str, text: str) -> None:
         """Append to `samples.jsonl` what the model writes at this step, and show it."""
+        if self.is_silent:
+            return
         _append(self.run / SAMPLES_FILE, {"step": step, "prompt": prompt, "text": text})
         self.say(f"  a sample at step {step}:")
         for line in (prompt + text).splitlines():
@@ -45,6 +66,8 @@ class RunLog:
         self, *, step: int, total_steps: int, loss: float, learning_rate: float, tokens_per_second: float, left: float
     ) -> None:
         """Show how far the run is: a bar that is rewritten on a terminal, a line elsewhere."""
+        if self.is_silent:
+            return
         text = (
             f"step {step}/{total_steps}  loss {loss:.4f}  lr {learning_rate:.2e}  "
             f"{format_count(tokens_per_second)} tokens/s  {format_duration(left)} left"
@@ -58,6 +81,8 @@ class RunLog:
 
     def say(self, message: str) -> None:
         """Print a line without breaking the progress bar."""
+        if self.is_silent:
+            return
         if self._line_is_open:
             log()
             self._line_is_open = False

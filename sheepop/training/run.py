@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from sheepop.config import LENGTH_KEYS, Config, load_config
-from sheepop.data.corpus import Corpus
+from sheepop.data.corpus import Corpus, open_corpus
 from sheepop.data.packing import PackingPlan, open_plan
 from sheepop.data.prepare import prepare_on_the_way
 from sheepop.data.sampler import Sampler
@@ -16,10 +16,21 @@ from sheepop.evaluation.plots import METRICS_FILE
 from sheepop.models.pretrained import read_settings
 from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel
-from sheepop.training.checkpoint import TrainingState, find_resume, read_state, restore, sweep_leftovers
-from sheepop.training.distributed import World, join_world, local_device, wait_for_all
+from sheepop.training.checkpoint import find_resume, read_state, restore, sweep_leftovers
+from sheepop.training.distributed import (
+    World,
+    choose_parallel,
+    distribute,
+    join_world,
+    local_device,
+    number_of_restarts,
+    on_main,
+)
+from sheepop.training.length import total_steps_without_clock
 from sheepop.training.optimizer import make_optimizer
-from sheepop.training.trainer import Run, train
+from sheepop.training.schedule import learning_rate_at
+from sheepop.training.state import Run, TrainingState
+from sheepop.training.trainer import train
 from sheepop.utils.devices import choose_precision, resolve_device
 from sheepop.utils.errors import CheckpointError, ConfigError, DataError
 from sheepop.utils.files import write_json
@@ -32,9 +43,15 @@ FREE_TO_CHANGE = {
     "preset",
     "device",
     "model.attention",
+    "training.parallel",
+    "training.activation_checkpointing",
+    "training.on_bad_numbers",
+    "training.max_skipped_steps",
     "training.save_dir",
     "training.save_interval",
     "training.keep_last",
+    "training.keep_every",
+    "training.async_save",
     "training.log_interval",
     "training.eval_interval",
     "training.eval_max_tokens",
@@ -71,23 +88,25 @@ def start_run(
         SheepopError: whatever the user can mend; its class says which exit status.
     """
     asked = load_config(file, preset=preset, overrides=overrides)
-    checkpoint = None
-    if resume:
-        folder = Path(asked.training.save_dir)
-        checkpoint = find_resume(folder, resume)
-        if checkpoint is None:
-            log(f"There is no checkpoint in {folder} yet; starting from the beginning.")
-        elif file is None and preset is None:
-            asked = load_config(checkpoint / "config.json", overrides=_save_beside(checkpoint, resume) | overrides)
-    if not asked.data.path:
-        raise ConfigError("There is no text to train on: name files, folders or a prepared folder with --data PATH.")
     device = local_device(resolve_device(asked.device))
     keep_freed_memory()
-    run_folder = Path(asked.training.save_dir)
+    if resume is None and number_of_restarts():
+        resume = "auto"  # by torchrun, after a process was lost: it gives the same command again
     with join_world(device) as world:
-        if world.is_main:
-            claim_folder(run_folder, resuming=resume is not None)
-        wait_for_all(world)
+        checkpoint = None
+        if resume is not None:
+            folder = Path(asked.training.save_dir)
+            checkpoint = on_main(world, lambda: find_resume(folder, resume))
+            if checkpoint is None and world.is_main:
+                log(f"There is no checkpoint in {folder} yet; starting from the beginning.")
+            if checkpoint is not None and file is None and preset is None:
+                asked = load_config(checkpoint / "config.json", overrides=_save_beside(checkpoint, resume) | overrides)
+        if not asked.data.path:
+            raise ConfigError(
+                "There is no text to train on: name files, folders or a prepared folder with --data PATH."
+            )
+        run_folder = Path(asked.training.save_dir)
+        on_main(world, lambda: claim_folder(run_folder, resuming=resume is not None))
         corpus = open_text(asked, world)
         run = set_up(asked, corpus, device=device, world=world)
         if checkpoint is not None:
@@ -126,21 +145,20 @@ def open_text(config: Config, world: World) -> Corpus:
     """Open the prepared folder that `data.path` names, or prepare its text on the way; one process does it for all."""
     data = config.data
     assert data.path is not None
-    corpus = None
-    for turn in (world.is_main, not world.is_main):
-        if turn:
-            corpus = prepare_on_the_way(
-                [Path(data.path)],
-                Path(data.data_dir),
-                tokenizer=data.tokenizer,
-                vocab_size=config.model.vocab_size,
-                val_fraction=data.val_fraction,
-                seed=config.seed,
-                separator=data.document_separator,
-            )
-        wait_for_all(world)
-    assert corpus is not None
-    return corpus
+    source = Path(data.path)
+
+    def prepare() -> Path:
+        return prepare_on_the_way(
+            [source],
+            Path(data.data_dir),
+            tokenizer=data.tokenizer,
+            vocab_size=config.model.vocab_size,
+            val_fraction=data.val_fraction,
+            seed=config.seed,
+            separator=data.document_separator,
+        ).path
+
+    return open_corpus(on_main(world, prepare))
 
 
 def set_up(config: Config, corpus: Corpus, *, device: torch.device, world: World) -> Run:
@@ -182,14 +200,23 @@ def set_up(config: Config, corpus: Corpus, *, device: torch.device, world: World
     )
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = TransformerModel(config.model).to(device)
+    if training.activation_checkpointing:
+        model.recompute_activations()
+    parallel = choose_parallel(training.parallel, count_parameters(config.model).total, device, world)
+    if parallel == "fsdp" and training.async_save:
+        raise ConfigError(
+            "training.async_save (true) does not go together with training.parallel (fsdp), whose processes write "
+            "their shares together. Leave one of them out."
+        )
+    forward = distribute(model, parallel, world)
     return Run(
         folder=Path(training.save_dir),
         config=config,
         corpus=corpus,
         tokenizer=tokenizer,
         model=model,
+        forward=forward,
         optimizer=make_optimizer(model, training),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_loss_scaling),
         sampler=sampler,
         precision=precision,
         world=world,
@@ -205,18 +232,19 @@ def open_packing(config: Config, corpus: Corpus, end_of_text_id: int, world: Wor
     """
     if config.data.packing == "concatenate":
         return None
-    plan = None
-    for turn in (world.is_main, not world.is_main):
-        if turn:
-            plan = open_plan(
-                corpus.split("train").tokens,
-                length=config.data.max_length,
-                end_of_text_id=end_of_text_id,
-                folder=corpus.path / "packing",
-                fingerprint=corpus.fingerprint,
-            )
-        wait_for_all(world)
-    return plan
+
+    def make_plan() -> PackingPlan:
+        return open_plan(
+            corpus.split("train").tokens,
+            length=config.data.max_length,
+            end_of_text_id=end_of_text_id,
+            folder=corpus.path / "packing",
+            fingerprint=corpus.fingerprint,
+        )
+
+    made: list[PackingPlan] = []
+    on_main(world, lambda: made.append(make_plan()))
+    return made[0] if made else make_plan()
 
 
 def resume_from(run: Run, checkpoint: Path, *, accept_changes: bool) -> None:
@@ -260,15 +288,31 @@ def resume_from(run: Run, checkpoint: Path, *, accept_changes: bool) -> None:
             "of an undisturbed run. Set them back, or say --accept-changes to go on with the new ones."
         )
     if length_changes:
+        if not accept_changes and not keeps_the_past(before, run, state):
+            raise ConfigError(
+                f"The length of the run changes ({'; '.join(length_changes)}), and with schedule "
+                f"{run.config.training.schedule} the {state.step} steps of {checkpoint} would have had other learning "
+                "rates in a run of the new length. Say --accept-changes to go on all the same; schedules constant and, "
+                "before its decay, wsd can be made longer without this."
+            )
         warn(f"the length of the run changes ({'; '.join(length_changes)}); the schedule follows the new length")
-    restore(checkpoint, run.model, run.optimizer)
-    if state.loss_scaler:
-        run.scaler.load_state_dict(state.loss_scaler)
-    if length_changes:
         state.total_steps = 0
+    restore(checkpoint, run.model, run.optimizer)
     state.data_fingerprint = run.state.data_fingerprint
     run.state = state
     log(f"resumed from {checkpoint} after step {state.step}")
+
+
+def keeps_the_past(before: Config, run: Run, state: TrainingState) -> bool:
+    """Say whether a run of the new length would have made the steps behind us with the same learning rates."""
+    if run.config.training.schedule == "constant":
+        return True
+    total_steps = total_steps_without_clock(run.config.training, run.sampler.steps_per_epoch)
+    return total_steps is not None and all(
+        learning_rate_at(step, state.total_steps, before.training)
+        == learning_rate_at(step, total_steps, run.config.training)
+        for step in range(state.step)
+    )
 
 
 def changed_settings(before: Config, after: Config) -> list[str]:

@@ -1,16 +1,17 @@
 """One optimizer step: the algorithm of training, in the open."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sheepop.config import TrainingConfig
-from sheepop.models.transformer import TransformerModel
-from sheepop.training.distributed import World, sum_gradients, sum_over_processes
+from sheepop.training.distributed import averages_gradients, full, gradient_exchange, sum_over_processes
+from sheepop.training.guard import Verdict, allows_update
 from sheepop.training.loss import summed_cross_entropy
-from sheepop.utils.devices import Precision
+from sheepop.training.signals import StopRequest
+from sheepop.training.state import Run
 from sheepop.utils.seeds import derive_seed
 
 
@@ -39,61 +40,91 @@ class StepResult:
     Attributes:
         loss: nats per token over the whole step, before the update.
         grad_norm: before clipping.
-        num_targets: tokens learned from, over all processes.
-        is_finite: whether loss and gradients were numbers; if not, nothing was changed.
+        num_targets: tokens looked at, over all processes.
+        verdict: of the guard.
+        is_updated: whether the step was made; if not, no weight and no moment was changed.
+        overflowed: the gradients were not finite, but a smaller loss scale may mend that.
+        stop_asked: a signal came to one of the processes before the end of the backward pass.
     """
 
     loss: float
     grad_norm: float
     num_targets: int
-    is_finite: bool
+    verdict: Verdict
+    is_updated: bool
+    overflowed: bool = False
+    stop_asked: bool = False
 
 
 def train_step(
-    model: TransformerModel,
-    optimizer: torch.optim.Optimizer,
+    run: Run,
     micro_batches: Sequence[MicroBatch],
     *,
     step: int,
-    seed: int,
     learning_rate: float,
-    training: TrainingConfig,
-    precision: Precision,
-    scaler: torch.amp.GradScaler,
-    world: World,
-) -> StepResult:
+    stop: StopRequest | None = None,
+    update: bool = True,
+) -> StepResult | None:
     """Forward and backward over this process's micro-batches, then one update that all processes share.
 
     A loss or gradient that is not finite changes no weight and no moment, on any process.
+
+    Args:
+        run: whose model and optimizer change; its state is only read.
+        micro_batches: as many on every process.
+        step: number of the step, from 0.
+        learning_rate: of this step.
+        stop: where a single process learns that it should leave the step in the middle.
+        update: whether to make the update; False to find out how long the rest takes.
+
+    Returns:
+        None if the step was left in the middle, which changes nothing.
     """
+    model, optimizer, world, precision = run.model, run.optimizer, run.world, run.precision
+    training, guard, loss_scale = run.config.training, run.state.guard, run.state.loss_scale
     device = model.device
+    scale = loss_scale.value if precision.needs_loss_scaling else 1.0
+    factor = scale * (world.size if averages_gradients(run.forward) else 1)
     counted = torch.tensor(sum(batch.num_targets for batch in micro_batches), device=device)
     num_targets = int(sum_over_processes(counted, world))
     loss_sum = torch.zeros((), device=device)
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, start=1):
+        if stop is not None and stop.is_made and world.size == 1:
+            optimizer.zero_grad(set_to_none=True)
+            return None
         # Dropout depends on where in training we are and on nothing else: not on what ran before, nor on which
         # process runs it.
         if model.config.dropout:
-            torch.manual_seed(derive_seed(seed, "dropout", step, batch.index))
-        with torch.autocast(device.type, dtype=precision.autocast_dtype, enabled=precision.autocast_dtype is not None):
-            logits = model(batch.token_ids, document_ids=batch.document_ids)  # (B, T, V)
-        loss = summed_cross_entropy(logits, batch.targets) / num_targets
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            torch.manual_seed(derive_seed(run.config.seed, "dropout", step, batch.index))
+        autocast = torch.autocast(device.type, precision.autocast_dtype, enabled=precision.autocast_dtype is not None)
+        with gradient_exchange(run.forward, is_last=number == len(micro_batches)):
+            with autocast:
+                logits = run.forward(batch.token_ids, document_ids=batch.document_ids)  # (B, T, V)
+            loss = summed_cross_entropy(logits, batch.targets) / num_targets
+            (loss * factor if factor != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.detach()
-    sum_gradients(model, world)
-    sum_over_processes(loss_sum, world)
 
-    scaler.unscale_(optimizer)
-    limit = float("inf") if training.max_grad_norm is None else training.max_grad_norm
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm(gradients)
-    if grad_norm > limit:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, grad_norm)
-    is_finite = bool(torch.isfinite(loss_sum) & torch.isfinite(grad_norm))
-    if is_finite:
+    if scale != 1.0:
+        for gradient in gradients:
+            gradient.mul_(1 / scale)
+    total_norm = torch.nn.utils.get_total_norm(gradients)
+    # One message for both, and one wait for the device for all three.
+    stop_flag = torch.full_like(loss_sum, float(stop is not None and stop.is_made))
+    sums = sum_over_processes(torch.stack((loss_sum, stop_flag)), world)
+    loss_value, stops, grad_norm = torch.cat((sums, full(total_norm)[None].to(sums))).tolist()
+
+    verdict = guard.judge(loss_value, grad_norm, training)
+    # The loss itself was never scaled: one that is not finite is no overflow.
+    overflowed = (
+        verdict == "bad" and math.isfinite(loss_value) and precision.needs_loss_scaling and loss_scale.can_shrink
+    )
+    is_updated = update and allows_update(verdict, training)
+    if is_updated:
+        if training.max_grad_norm is not None and grad_norm > training.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), training.max_grad_norm, total_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        scaler.step(optimizer)
-    scaler.update()
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(float(loss_sum), float(grad_norm), num_targets, is_finite)
+    return StepResult(loss_value, grad_norm, num_targets, verdict, is_updated, overflowed, stops > 0)

@@ -52,6 +52,10 @@ class NoSpaceError(SheepopError):
     exit_status = 6
 
 
+class LostProcessError(SheepopError):
+    """One of several processes of a run is gone."""
+
+
 class Interrupted(SheepopError):  # noqa: N818 - the word that users know
     """A signal ended the run after its state was saved; the exit status is 128 + the signal's number."""
 

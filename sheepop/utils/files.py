@@ -4,6 +4,7 @@ The order (write, flush the file, rename, flush the folder) is the one that surv
 file system; see Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014.
 """
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -69,7 +70,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside `target`; when the block ends well, flush it all and rename it to `target`.
 
     A reader of `target` sees the whole folder or none. When the block raises, the temporary folder goes away.
-    An existing `target` is replaced only after the new one is complete.
+    An existing `target` is replaced only after the new one is complete; where the system can exchange two names (Linux)
+    there is no moment without it, elsewhere `recover_replaced` puts back what a kill between two renames took away.
 
     Raises:
         NoSpaceError: the disk is full; nothing was published.
@@ -85,16 +87,41 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                     flush_to_disk(Path(folder) / name)
                 flush_to_disk(Path(folder))
             if target.exists():
-                discarded = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
-                os.replace(target, discarded / target.name)
-                os.replace(temporary, target)
-                shutil.rmtree(discarded)
+                _replace_folder(temporary, target)
             else:
                 os.replace(temporary, target)
             flush_to_disk(target.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    if _exchange(new, target):
+        os.replace(new, new.with_suffix(".old"))  # what it holds now may go
+        shutil.rmtree(new.with_suffix(".old"))
+        return
+    discarded = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
+    os.replace(target, discarded / target.name)
+    os.replace(new, target)
+    shutil.rmtree(discarded)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step (`renameat2` of Linux); say whether the system can."""
+    current_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(rename(current_folder, os.fsencode(one), current_folder, os.fsencode(other), exchange) == 0)
+
+
+def recover_replaced(folder: Path, pattern: str) -> None:
+    """Put back folders that a kill between the two renames of a replacement left under no name."""
+    for kept in folder.glob(f".{pattern}.old/{pattern}"):
+        if not (folder / kept.name).exists():
+            os.replace(kept, folder / kept.name)
 
 
 def to_json(value: object, *, indent: int | None = 2) -> str:

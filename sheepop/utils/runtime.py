@@ -1,8 +1,12 @@
-"""How the process deals with memory and with waiting threads; both matter more than one expects on a small CPU."""
+"""How the process deals with memory, with waiting threads, and with its end; all matter more than one expects."""
 
 import ctypes
 import os
 import platform
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -35,3 +39,26 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_THRESHOLD, KEEP_BELOW)
     mallopt(M_TRIM_THRESHOLD, KEEP_BELOW)
     mallopt(M_TOP_PAD, GROW_BY)
+
+
+@contextmanager
+def end_at_once_among_others() -> Iterator[None]:
+    """End the process with the block where it is one of several that `torchrun` started; else do nothing.
+
+    The interpreter's usual end destroys PyTorch's process group while it holds its lock, and waits for gloo's threads;
+    one of those may be waiting for that lock to let go of a tensor (seen with torch 2.13), and the process never ends.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    status: object = 0
+    try:
+        yield
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else 0 if status is None else 1)

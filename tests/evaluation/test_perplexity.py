@@ -20,7 +20,7 @@ from sheepop.evaluation.perplexity import (
     perplexity,
     word_perplexity,
 )
-from sheepop.models.pretrained import save_weights
+from sheepop.models.pretrained import save_weights, stored_weights
 from sheepop.models.transformer import TransformerModel
 from sheepop.utils.errors import CheckpointError, ConfigError, DataError
 from sheepop.utils.files import write_json
@@ -201,7 +201,7 @@ def checkpoint(tmp_path: Path, corpus: Path) -> Path:
 
 def write_checkpoint(folder: Path, model: TransformerModel, config: Config, tokenizer: Tokenizer) -> None:
     folder.mkdir()
-    save_weights(model, folder / "model.safetensors")
+    save_weights(stored_weights(model), model.config, folder / "model.safetensors")
     write_json(folder / "config.json", config.model_dump())
     tokenizer.save(folder / "tokenizer.json")
 
@@ -299,7 +299,7 @@ def test_damaged_weights_give_null_and_not_a_crash(checkpoint: Path) -> None:
     settings_ = json.loads((checkpoint / "config.json").read_text())
     model = TransformerModel(ModelConfig.model_validate(settings_["model"]))
     torch.nn.init.constant_(model.token_embedding.weight, math.nan)
-    save_weights(model, checkpoint / "model.safetensors")
+    save_weights(stored_weights(model), model.config, checkpoint / "model.safetensors")
     result = evaluate_checkpoint(checkpoint)
     assert result["loss"] is result["perplexity"] is result["bits_per_byte"] is None
     json.dumps(result, allow_nan=False)

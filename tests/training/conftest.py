@@ -2,13 +2,17 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from sheepop.config import Config, load_config
 from sheepop.data.prepare import prepare_corpus
 from sheepop.models.transformer import TransformerModel
-from sheepop.training.checkpoint import TrainingState, save_checkpoint
+from sheepop.training.checkpoint import save_checkpoint, take_snapshot
+from sheepop.training.distributed import World
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.run import start_run
+from sheepop.training.state import Run, TrainingState
+from sheepop.utils.devices import FP32
 
 WORDS = [
     "a",
@@ -64,6 +68,36 @@ def corpus_folder(tmp_path_factory) -> Path:
     return corpus.path
 
 
+@pytest.fixture(scope="session")
+def many_documents(tmp_path_factory):
+    """A prepared folder of documents from 1 to 40 characters."""
+    folder = tmp_path_factory.mktemp("documents")
+    letters = random.Random(5)
+    texts = ["".join(letters.choice("sheep ") for _ in range(letters.randint(1, 40))).strip() or "e" for _ in range(60)]
+    source = folder / "documents.txt"
+    source.write_text("<|endoftext|>".join(texts), encoding="utf-8")
+    return prepare_corpus(
+        [source],
+        folder / "prepared",
+        tokenizer="char",
+        vocab_size=300,
+        val_fraction=0.1,
+        seed=3,
+        separator="<|endoftext|>",
+    ).path
+
+
+@pytest.fixture(scope="session")
+def train_config():
+    """Train a tiny model: `train_config(folder, corpus, **{"training.max_steps": 5})`."""
+
+    def train(folder: Path, corpus: Path, **settings: object) -> Path:
+        overrides = TINY | {"data.path": str(corpus), "training.save_dir": str(folder)} | settings
+        return start_run(None, preset="modern", overrides=overrides, resume=None)
+
+    return train
+
+
 @pytest.fixture
 def train_in(corpus_folder):
     """Train in a folder: `train_in(folder, resume="auto", **{"training.max_steps": 5})`."""
@@ -80,25 +114,47 @@ def train_in(corpus_folder):
 def save_step():
     """Save a checkpoint of a tiny model whose weights and moments tell its step: `save_step(run, 3)`."""
 
-    def save(run: Path, step: int, name: str | None = None) -> Path:
-        config = tiny_config()
-        model = TransformerModel(config.model)
-        optimizer = make_optimizer(model, config.training)
-        for parameter in model.parameters():
+    def save(folder: Path, step: int, name: str | None = None) -> Path:
+        run = bare_run(tiny_config(), state=TrainingState(total_steps=50, data_fingerprint="f"))
+        run.state.step, run.state.tokens = step, step * 9
+        for parameter in run.model.parameters():
             parameter.grad = parameter.detach() + step
-        optimizer.step()
-        state = TrainingState(total_steps=50, data_fingerprint="f", step=step, tokens=step * 9)
-        return save_checkpoint(
-            run,
-            name or f"checkpoint_step_{step}",
-            model=model,
-            optimizer=optimizer,
-            config=config,
-            tokenizer_json="{}",
-            state=state,
-        )
+        run.optimizer.step()
+        return save_checkpoint(folder, name or f"checkpoint_step_{step}", take_snapshot(run))
 
     return save
+
+
+class NoTokenizer:
+    """Stands where a tokenizer is only written down."""
+
+    def to_json(self) -> str:
+        return "{}"
+
+
+def bare_run(config: Config, **parts: object) -> Run:
+    """Return a run of a model and its optimizer without text; `parts` take the place of others."""
+    torch.manual_seed(0)
+    model = TransformerModel(config.model).train()
+    usual = {
+        "folder": Path("unused"),
+        "config": config,
+        "corpus": None,
+        "tokenizer": NoTokenizer(),
+        "model": model,
+        "forward": model,
+        "optimizer": make_optimizer(model, config.training),
+        "sampler": None,
+        "precision": FP32,
+        "world": World(),
+        "state": TrainingState(total_steps=50, data_fingerprint="f"),
+    }
+    return Run(**(usual | parts))  # type: ignore[arg-type]
+
+
+@pytest.fixture(name="bare_run")
+def _bare_run():
+    return bare_run
 
 
 def tiny_config(**settings: object) -> Config:

@@ -15,13 +15,12 @@ from sheepop.models.transformer import TransformerModel
 from sheepop.training.checkpoint import (
     checkpoint_name,
     find_resume,
-    mark_best,
-    prune_step_checkpoints,
     read_state,
     restore,
     sweep_leftovers,
 )
 from sheepop.training.optimizer import make_optimizer
+from sheepop.training.saver import mark_best, prune_step_checkpoints
 from sheepop.utils.errors import CheckpointError, NoSpaceError
 from sheepop.utils.files import sha256_of_file
 

@@ -1,17 +1,73 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from sheepop.training.distributed import World, agree_on_any, join_world, sum_gradients, sum_over_processes
+from sheepop.training.distributed import World, agree_on_any, join_world, on_main, sum_over_processes
+from sheepop.utils.errors import CheckpointError
+
+# Documents that are packed leave ends of sequences unused, so that micro-batches have different numbers of targets.
+# Three micro-batches a step for two or four processes: some get an empty one.
+UNEVEN = {
+    "training.batch_size": 2,
+    "training.gradient_accumulation_steps": 3,
+    "training.max_steps": 50,
+    "training.save_interval": 25,
+    "training.eval_interval": 20,
+    "model.dropout": 0.1,
+    "model.d_model": 24,
+    "model.num_heads": 4,
+    "data.packing": "best_fit",
+}
 
 
 def read_metrics(run, kind):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["type"] == kind]
+
+
+def torchrun(num_processes, *command, restarts=0):
+    """Start `sheepop` in several processes on this machine."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    restart = ["--max-restarts", str(restarts)] if restarts else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, *restart, "-m", "sheepop", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return output, errors
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, many_documents, train_config):
+    """The run of one process that those of several are compared with."""
+    return train_config(tmp_path_factory.mktemp("alone") / "run", many_documents, **UNEVEN)
+
+
+def assert_same_within_rounding(alone, together, last):
+    for kind in ("train", "val"):
+        expected, found = ({line["step"]: line for line in read_metrics(run, kind)} for run in (alone, together))
+        assert expected.keys() <= found.keys()
+        assert len(expected) > 2
+        for step, line in expected.items():
+            assert found[step]["tokens"] == line["tokens"]
+            assert found[step]["loss"] == pytest.approx(line["loss"], rel=1e-5)
+    weights, same = (load_file(run / last / "model.safetensors") for run in (alone, together))
+    for name, tensor in weights.items():
+        torch.testing.assert_close(same[name], tensor, rtol=0, atol=2e-5, msg=name)
 
 
 def test_alone_nothing_is_exchanged(monkeypatch):
@@ -21,40 +77,97 @@ def test_alone_nothing_is_exchanged(monkeypatch):
         assert (world, world.is_main) == (World(rank=0, size=1), True)
         assert float(sum_over_processes(torch.tensor(3.0), world)) == 3.0
         assert [agree_on_any(flag, world, cpu) for flag in (True, False)] == [True, False]
-        layer = torch.nn.Linear(2, 3)
-        sum_gradients(layer, world)
-        assert layer.weight.grad is None
+        assert on_main(world, lambda: 7) == 7
+        with pytest.raises(CheckpointError, match="gone"):
+            on_main(world, lambda: (_ for _ in ()).throw(CheckpointError("gone")))
     assert not torch.distributed.is_initialized()
 
 
-def test_two_processes_train_as_one_does(tmp_path, train_in):
-    # Three micro-batches a step for two processes, and the seventh step has a single one: the second process has none.
-    settings = {
-        "training.batch_size": 2,
-        "training.gradient_accumulation_steps": 3,
-        "training.max_steps": 10,
-        "model.dropout": 0.1,
-    }
-    alone = train_in(tmp_path / "alone", **settings)
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_processes", "parallel"), [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")])
+def test_several_processes_train_as_one_does(tmp_path, alone, num_processes, parallel):
     together = tmp_path / "together"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sheepop"]
-    command = ["train", "--config", str(alone / "config.json"), "--output", str(together)]
-    finished = subprocess.run(
-        [sys.executable, *launcher, *command], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.split() == [str(together)]  # the main process alone speaks
-    assert "2 processes share 3 micro-batch(es)" in finished.stderr
+    config = ["--config", alone / "config.json", "--training.parallel", parallel]
+    output, errors = finish(torchrun(num_processes, "train", *config, "--output", together))
+    assert output.split() == [str(together)]  # the main process alone speaks
+    assert f"{num_processes} processes share 3 micro-batch(es)" in errors
+    assert_same_within_rounding(alone, together, "checkpoint_step_50")
 
-    for kind, steps in (("train", 10), ("val", 2)):
-        expected, found = read_metrics(alone, kind), read_metrics(together, kind)
-        assert len(expected) == len(found) >= steps
-        for one, other in zip(expected, found, strict=True):
-            assert (one["step"], one["tokens"]) == (other["step"], other["tokens"])
-            assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    weights, same = (load_file(run / "checkpoint_step_10/model.safetensors") for run in (alone, together))
-    for name, tensor in weights.items():
-        torch.testing.assert_close(same[name], tensor, rtol=0, atol=1e-5, msg=name)
-    # What several processes began, one goes on with.
-    train_in(together, resume="auto", **settings | {"training.max_steps": 12})
-    assert (together / "checkpoint_step_12").is_dir()
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "then"), [(("ddp", 2), ("fsdp", 2)), (("fsdp", 2), ("alone", 1)), (("fsdp", 2), ("fsdp", 3))]
+)
+def test_another_number_of_processes_goes_on(tmp_path, alone, first, then):
+    run = tmp_path / "run"
+    for (parallel, num_processes), length, resume in ((first, 25, []), (then, 50, ["--resume", "auto"])):
+        command = ["train", "--config", alone / "config.json", "--output", run, *resume, "--accept-changes"]
+        settings = ["--training.max_steps", length, "--training.schedule", "constant"]
+        if num_processes == 1:
+            subprocess.run(
+                [sys.executable, "-m", "sheepop", *map(str, [*command, *settings])], check=True, capture_output=True
+            )
+        else:
+            finish(torchrun(num_processes, *command, *settings, "--training.parallel", parallel))
+        if parallel == "fsdp":
+            assert (run / f"checkpoint_step_{length}/training_state/sharded/.metadata").is_file()
+            # The model is in one piece all the same.
+            weights = load_file(run / f"checkpoint_step_{length}/model.safetensors")
+            assert all(tensor.shape for tensor in weights.values())
+    straight = tmp_path / "straight"
+    config = ["--config", alone / "config.json", "--training.schedule", "constant"]
+    command = ["train", *config, "--output", straight]
+    subprocess.run([sys.executable, "-m", "sheepop", *map(str, command)], check=True, capture_output=True)
+    assert_same_within_rounding(straight, run, "checkpoint_step_50")
+
+
+def children_of(process):
+    text = (f"/proc/{process.pid}/task/{process.pid}/children",)
+    with open(text[0]) as file:
+        return [int(child) for child in file.read().split()]
+
+
+def wait_for_step(run, step, process):
+    for _ in range(4000):
+        if (run / "metrics.jsonl").exists() and len(read_metrics_so_far(run)) >= step:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def read_metrics_so_far(run):
+    return [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_a_lost_process_ends_the_run_and_a_restart_finishes_it(tmp_path, alone):
+    command = ["train", "--config", alone / "config.json", "--training.save_interval", "2"]
+    for restarts in (0, 1):
+        run = tmp_path / f"restarts-{restarts}"
+        process = torchrun(2, *command, "--output", run, restarts=restarts)
+        wait_for_step(run, 7, process)
+        os.kill(children_of(process)[-1], signal.SIGKILL)
+        _, errors = process.communicate(timeout=120)
+        if restarts:
+            assert process.returncode == 0, errors
+            assert_same_within_rounding(alone, run, "checkpoint_step_50")
+        else:
+            assert process.returncode != 0
+            assert "lost the connection to another one" in errors
+            assert sorted(run.glob("checkpoint_*"))
+            assert not list(run.glob(".checkpoint_*"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_and_resume_is_exact(tmp_path, alone):
+    run = tmp_path / "run"
+    command = ["train", "--config", alone / "config.json", "--output", run]
+    process = torchrun(2, *command)
+    wait_for_step(run, 5, process)
+    os.kill(children_of(process)[-1], signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert "Stopped by a signal after step" in errors
+    finish(torchrun(2, *command, "--resume", "auto"))
+    assert_same_within_rounding(alone, run, "checkpoint_step_50")

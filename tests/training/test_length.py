@@ -2,13 +2,21 @@ import copy
 import json
 from types import SimpleNamespace
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sheepop.config import TrainingConfig
-from sheepop.models.transformer import TransformerModel
+from sheepop.data.corpus import open_corpus
 from sheepop.training.checkpoint import read_state
-from sheepop.training.length import measure_seconds_per_step, steps_in_minutes, total_steps_without_clock
+from sheepop.training.distributed import World
+from sheepop.training.length import (
+    measure_seconds_per_step,
+    steps_in_minutes,
+    time_of_a_step,
+    total_steps_without_clock,
+)
+from sheepop.training.run import set_up
 
 
 def test_steps_epochs_or_a_clock():
@@ -45,37 +53,32 @@ def test_there_is_at_least_one_step_and_the_budget_is_kept(
     assert steps == 1 or steps * seconds_per_step + validations * seconds_per_validation <= 60 * minutes * (1 + 1e-9)
 
 
-def test_measuring_leaves_the_model_as_it_was(tiny_config):
-    model = TransformerModel(tiny_config().model)
-    before = copy.deepcopy(model.state_dict())
-    steps = []
-
-    def run_step(scratch, step):
-        steps.append(step)
-        for parameter in scratch.parameters():
-            parameter.data.zero_()
-
-    assert measure_seconds_per_step(model, run_step, first_step=5, seconds=0.0) > 0
-    assert steps == list(range(5, 5 + len(steps)))
-    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+def test_measuring_changes_nothing(tiny_config, corpus_folder):
+    config = tiny_config(**{"training.max_steps": 9})
+    run = set_up(config, open_corpus(corpus_folder), device=torch.device("cpu"), world=World())
+    before = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict(), run.state))
+    assert time_of_a_step(run, seconds=0.0) > 0
+    after = (run.model.state_dict(), run.optimizer.state_dict(), run.state)
+    assert before[1:] == after[1:]
+    assert all(tensor.equal(before[0][name]) for name, tensor in after[0].items())
 
 
-def test_neither_the_first_step_nor_a_disturbance_counts(tiny_config, monkeypatch):
+def test_neither_the_first_step_nor_a_disturbance_counts(monkeypatch):
     now = 0.0
     monkeypatch.setattr("sheepop.training.length.time", SimpleNamespace(perf_counter=lambda: now))
 
-    def run_step(_, step):
+    def run_step(step):
         nonlocal now
         now += {0: 100.0, 2: 30.0}.get(step, 2.0 + step / 100)
 
-    measured = measure_seconds_per_step(TransformerModel(tiny_config().model), run_step, first_step=0, seconds=200.0)
+    measured = measure_seconds_per_step(run_step, device=torch.device("cpu"), first_step=0, seconds=200.0)
     assert 2.0 < measured < 3.0
 
 
 def test_a_time_budget_becomes_a_number_of_steps_that_is_kept(tmp_path, train_in, monkeypatch):
     # A long step keeps the run short without a look at the clock.
-    monkeypatch.setattr("sheepop.training.trainer.measure_seconds_per_step", lambda *_, **__: 60.0)
-    monkeypatch.setattr("sheepop.training.trainer.steps_in_minutes", lambda minutes, **_: round(minutes))
+    monkeypatch.setattr("sheepop.training.length.measure_seconds_per_step", lambda *_, **__: 60.0)
+    monkeypatch.setattr("sheepop.training.length.steps_in_minutes", lambda minutes, **_: round(minutes))
     run = train_in(tmp_path / "run", **{"training.max_minutes": 5.0})
     assert read_state(run / "checkpoint_step_5").total_steps == 5
     assert json.loads((run / "latest.json").read_text())["step"] == 5

@@ -2,6 +2,7 @@ import json
 import math
 import multiprocessing
 import os
+import pkgutil
 import random
 import signal
 import time
@@ -11,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from sheepop.cli import main
-from sheepop.data.prefetch import prefetch
-from sheepop.training.checkpoint import read_state
+from sheepop.training.checkpoint import find_resume, read_state
 from sheepop.training.loss import summed_cross_entropy
 from sheepop.training.run import start_run
 from sheepop.utils.errors import Interrupted, NonFiniteError
@@ -53,52 +53,81 @@ def assert_same_run(one, other, last):
 
 
 @pytest.fixture
-def signal_at(monkeypatch):
-    """Send this process a signal while the batch of a step, counted from 0, is on its way."""
+def signal_at():
+    """Send this process a signal at the `nth` call, from 1, of a function that is named by its module."""
+    patch = pytest.MonkeyPatch()
 
-    def at(step, number=signal.SIGTERM):
-        def signalling(load, first_step, last_step, num_workers):
-            for current, loaded in enumerate(prefetch(load, first_step, last_step, num_workers), start=first_step):
-                if current == step:
-                    os.kill(os.getpid(), number)
-                yield loaded
+    def at(nth, function="sheepop.training.trainer.train_step", number=signal.SIGTERM):
+        patch.undo()
+        original = pkgutil.resolve_name(function)
+        calls = 0
 
-        monkeypatch.setattr("sheepop.training.trainer.prefetch", signalling)
+        def signalling(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls == nth:
+                os.kill(os.getpid(), number)
+            return original(*arguments, **options)
 
+        patch.setattr(function, signalling)
+
+    at.undo = patch.undo
     yield at
+    patch.undo()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-# An epoch has 7 steps: 4 is inside the first, 7 on the border, 9 inside the second.
+# An epoch has 7 steps, so a run stops inside the first, on the border and inside the second.
 @pytest.mark.parametrize("stop_after", [4, 7, 9])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stop_and_resume_equals_an_undisturbed_run(tmp_path, train_in, signal_at, family, stop_after):
     settings = FAMILIES[family] | {"training.max_steps": 12, "training.eval_interval": 5}
     straight = train_in(tmp_path / "straight", **settings)
-    signal_at(stop_after - 1)
+    signal_at(stop_after + 1)
     with pytest.raises(Interrupted) as caught:
         train_in(tmp_path / "stopped", **settings)
     assert caught.value.exit_status == 143
     assert f"after step {stop_after} of 12" in str(caught.value)
     assert "--resume auto" in str(caught.value)
-    signal_at(None)
+    signal_at.undo()
+    train_in(tmp_path / "stopped", resume="auto", **settings)
+    assert_same_run(straight, tmp_path / "stopped", "checkpoint_step_12")
+
+
+# What was under way when the signal came, the how manieth time, and after which step the run then left.
+MOMENTS = {
+    "between two micro-batches": ("sheepop.training.step.summed_cross_entropy", 9, 4),
+    "in the last backward pass": ("torch.nn.utils.get_total_norm", 5, 5),
+    "in the update": ("torch.optim.AdamW.step", 5, 5),
+    "in a validation": ("sheepop.training.validation.evaluate_tokens", 2, 7),
+    "in a sample": ("sheepop.training.validation.complete", 1, 5),
+    "in a save": ("sheepop.training.saver.save_checkpoint", 3, 10),
+    "in the last validation": ("sheepop.training.validation.evaluate_tokens", 4, 12),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_at_any_moment_saves_and_resume_is_exact(tmp_path, train_in, signal_at, moment):
+    function, nth, stopped_after = MOMENTS[moment]
+    settings = FAMILIES["modern"] | {"training.max_steps": 12, "training.eval_interval": 5}
+    straight = train_in(tmp_path / "straight", **settings)
+    signal_at(nth, function)
+    with pytest.raises(Interrupted, match=f"after step {stopped_after} of 12"):
+        train_in(tmp_path / "stopped", **settings)
+    signal_at.undo()
+    newest = find_resume(tmp_path / "stopped", "auto")
+    assert read_state(newest).step == stopped_after
     train_in(tmp_path / "stopped", resume="auto", **settings)
     assert_same_run(straight, tmp_path / "stopped", "checkpoint_step_12")
 
 
 def test_an_interrupt_from_the_keyboard_saves_too(tmp_path, train_in, signal_at):
-    signal_at(1, signal.SIGINT)
+    signal_at(3, number=signal.SIGINT)
     with pytest.raises(Interrupted) as caught:
         train_in(tmp_path / "run", **{"training.max_steps": 5})
     assert caught.value.exit_status == 130
     assert read_state(tmp_path / "run/checkpoint_step_2").step == 2
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-
-
-def test_a_signal_at_the_last_step_ends_a_run_that_is_done(tmp_path, train_in, signal_at):
-    signal_at(2)
-    run = train_in(tmp_path / "run", **{"training.max_steps": 3})
-    assert (run / "checkpoint_step_3").is_dir()
 
 
 @pytest.mark.parametrize("first_steps", [5, 8])
@@ -114,24 +143,24 @@ def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path, train_in, first_steps
 def test_a_resumed_run_needs_only_its_checkpoint(tmp_path, train_in, signal_at, corpus_folder):
     settings = FAMILIES["modern"] | {"training.max_steps": 6}
     straight = train_in(tmp_path / "straight", **settings)
-    signal_at(3)
+    signal_at(5)
     with pytest.raises(Interrupted):
         train_in(tmp_path / "run", **settings)
-    signal_at(None)
+    signal_at.undo()
     start_run(None, preset=None, overrides={}, resume=str(tmp_path / "run/checkpoint_step_4"))
     assert_same_run(straight, tmp_path / "run", "checkpoint_step_6")
 
 
 def test_a_time_budget_is_measured_once(tmp_path, train_in, signal_at, monkeypatch):
-    monkeypatch.setattr("sheepop.training.trainer.measure_seconds_per_step", lambda *_, **__: 1.0)
-    monkeypatch.setattr("sheepop.training.trainer.steps_in_minutes", lambda *_, **__: 6)
+    monkeypatch.setattr("sheepop.training.length.measure_seconds_per_step", lambda *_, **__: 1.0)
+    monkeypatch.setattr("sheepop.training.length.steps_in_minutes", lambda *_, **__: 6)
     settings = {"training.max_minutes": 3.0}
     straight = train_in(tmp_path / "straight", **settings)
-    signal_at(3)
+    signal_at(5)
     with pytest.raises(Interrupted):
         train_in(tmp_path / "run", **settings)
-    signal_at(None)
-    monkeypatch.setattr("sheepop.training.trainer.steps_in_minutes", lambda *_, **__: 99)
+    signal_at.undo()
+    monkeypatch.setattr("sheepop.training.length.steps_in_minutes", lambda *_, **__: 99)
     train_in(tmp_path / "run", resume="auto", **settings)
     assert_same_run(straight, tmp_path / "run", "checkpoint_step_6")
 

@@ -1,0 +1,57 @@
+"""The micro-batches of a step: a pure function of the step's number, so that any thread may load any step."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sheepop.data.dataset import IGNORE_INDEX, document_ids, read_windows
+from sheepop.data.packing import read_packed
+from sheepop.training.state import Run
+from sheepop.training.step import MicroBatch
+
+
+def batch_loader(run: Run) -> Callable[[int], list[MicroBatch]]:
+    """Return the function that loads this process's micro-batches of a step.
+
+    Every process gets equally many, because the exchange of gradients needs all of them; where micro-batches are
+    missing, at the end of an epoch or when they do not divide evenly, an empty one stands in, without a target.
+    """
+    data, device, world = run.config.data, run.model.device, run.world
+    tokens = run.corpus.split("train").tokens
+
+    def read(windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+        if run.packing is not None:
+            return read_packed(tokens, run.packing, windows)  # inputs, targets, documents: (B, T) each
+        inputs, targets = read_windows(tokens, windows * data.stride, data.max_length)  # (B, T) each
+        if data.document_mask:
+            return inputs, targets, document_ids(inputs, run.tokenizer.end_of_text_id)
+        return inputs, targets
+
+    def load(step: int) -> list[MicroBatch]:
+        shares = [run.sampler.micro_batches(step, rank=rank, world_size=world.size) for rank in (0, world.rank)]
+        loaded = []
+        for position in range(len(shares[0])):  # the first process's share is never smaller
+            is_empty = position >= len(shares[1])
+            inputs, targets, *documents = read(shares[0][0][:1] if is_empty else shares[1][position])
+            if is_empty:
+                targets = np.full_like(targets, IGNORE_INDEX)
+            loaded.append(
+                MicroBatch(
+                    index=position * world.size + world.rank,
+                    token_ids=to_device(inputs, device),
+                    targets=to_device(targets, device),
+                    num_targets=int(np.count_nonzero(targets != IGNORE_INDEX)),
+                    document_ids=to_device(documents[0], device) if documents else None,
+                )
+            )
+        return loaded
+
+    return load
+
+
+def to_device(array: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """Copy an array to the device; to a GPU through pinned memory, so that computing does not wait for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,0 +1,73 @@
+"""The parts of a run that the loop works with, and the few numbers that change as it goes."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sheepop.config import Config
+from sheepop.data.corpus import Corpus
+from sheepop.data.packing import PackingPlan
+from sheepop.data.sampler import Sampler
+from sheepop.data.tokenizer import Tokenizer
+from sheepop.models.transformer import TransformerModel
+from sheepop.training.distributed import World
+from sheepop.training.guard import Guard
+from sheepop.training.loss_scale import LossScale
+from sheepop.utils.devices import Precision
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands. Everything else about the next step follows from it and the settings.
+
+    Random numbers need no stored generator: dropout draws from `(seed, step, micro_step)`, the sampler from
+    `(seed, step)`.
+
+    Attributes:
+        is_unfinished: the run left before it validated and sampled at `step`, which is to be made up for.
+    """
+
+    total_steps: int
+    data_fingerprint: str
+    step: int = 0
+    tokens: int = 0
+    elapsed_seconds: float = 0.0
+    best_loss: float | None = None
+    is_unfinished: bool = False
+    loss_scale: LossScale = field(default_factory=LossScale)
+    guard: Guard = field(default_factory=Guard)
+
+    @staticmethod
+    def from_json(saved: dict[str, Any]) -> "TrainingState":
+        """Read what `dataclasses.asdict` wrote.
+
+        Raises:
+            TypeError: fields are missing or unknown.
+        """
+        parts = {"loss_scale": LossScale(**saved["loss_scale"]), "guard": Guard(**saved["guard"])}
+        return TrainingState(**{**saved, **parts})
+
+
+@dataclass
+class Run:
+    """The parts of a run; `state` is what changes.
+
+    Attributes:
+        forward: what the training step calls: the model, or the model inside PyTorch's data-parallel wrapper.
+    """
+
+    folder: Path
+    config: Config
+    corpus: Corpus
+    tokenizer: Tokenizer
+    model: TransformerModel
+    forward: nn.Module
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler
+    precision: Precision
+    world: World
+    state: TrainingState
+    packing: PackingPlan | None = None

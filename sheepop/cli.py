@@ -219,6 +219,29 @@ def train(
         print(run)
 
 
+@app.command(name="verify-resume", cls=SettingsCommand, context_settings=SETTINGS)
+def verify_resume(
+    context: typer.Context,
+    data: Data = None,
+    config: ConfigFile = None,
+    preset: Preset = None,
+    steps: Annotated[int, typer.Option(help="steps of the straight run")] = 20,
+    output: Annotated[Path | None, typer.Option(help="folder to keep the runs in (default: they are removed)")] = None,
+    device: Device = None,
+    seed: Annotated[int | None, typer.Option(help="seed of every random choice")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove on your own settings and text that an interrupted run ends like an undisturbed one."""
+    from sheepop.config import parse_overrides
+    from sheepop.training.verify import format_verdict, prove_resume
+
+    named = {"data.path": data and str(data), "device": device, "seed": seed}
+    overrides = parse_overrides(context.args) | {key: value for key, value in named.items() if value is not None}
+    result = prove_resume(config, preset=preset, overrides=overrides, steps=steps, output=output)
+    print(json.dumps(result, ensure_ascii=False) if as_json else format_verdict(result))
+    sys.exit(0 if result["equal"] else 1)
+
+
 @app.command()
 def evaluate(
     checkpoint: Checkpoint,

@@ -7,6 +7,12 @@ import torch
 PROJECT = Path(__file__).parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # `benchmarks/reliability.py` asks for more.
+    parser.addoption("--kills", type=int, default=26, help="how often a run is killed")
+    parser.addoption("--corruptions", type=int, default=120, help="how often a file of a checkpoint is damaged")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     # Tiny matrices are faster on one thread, and exact equality needs the same thread count everywhere.

@@ -37,9 +37,14 @@ def steps_in_minutes(
 
 
 def measure_seconds_per_step(
-    model: TransformerModel, run_step: Callable[[TransformerModel, int], object], *, first_step: int, seconds: float
+    model: TransformerModel,
+    run_step: Callable[[TransformerModel, int], object],
+    *,
+    first_step: int,
+    seconds: float,
+    at_least: int = MEASURED_STEPS,
 ) -> float:
-    """Return the median time of a real training step, measured for some `seconds` on a copy that is thrown away.
+    """Return the median time of `at_least` real training steps, made for some `seconds` on a copy that is thrown away.
 
     `run_step(model, step)` makes one step. The first is left out: it pays for allocations. The median
     leaves out moments in which another program was busy.
@@ -47,7 +52,7 @@ def measure_seconds_per_step(
     scratch = copy.deepcopy(model)
     durations: list[float] = []
     started = time.perf_counter()
-    while len(durations) <= MEASURED_STEPS or time.perf_counter() - started < seconds:
+    while len(durations) <= at_least or time.perf_counter() - started < seconds:
         before = time.perf_counter()
         run_step(scratch, first_step + len(durations))
         if model.device.type == "cuda":

@@ -34,6 +34,7 @@ from sheepop.training.checkpoint import (
 from sheepop.training.distributed import World, agree_on_any, wait_for_all
 from sheepop.training.length import (
     MEASURED_SHARE,
+    MEASURED_STEPS,
     measure_seconds_per_step,
     steps_in_minutes,
     total_steps_without_clock,
@@ -86,7 +87,7 @@ def train(run: Run) -> None:
     eval_interval = training.eval_interval or max(1, math.ceil(total_steps / 10))
     sample_interval = training.sample_interval or eval_interval
     flops_per_token = training_flops_per_token(config.model, config.data.max_length)
-    peak = peak_flops(model.device) * run.world.size
+    peak = peak_flops(model.device, run.precision.autocast_dtype) * run.world.size
 
     run_log = RunLog(run.folder, step=state.step, tensorboard=training.tensorboard) if run.world.is_main else None
     if run_log and training.warmup_steps >= total_steps:
@@ -233,6 +234,22 @@ def decide_length(run: Run) -> int:
     if training.sample_tokens:
         sample_text(run)
     seconds_per_validation = time.perf_counter() - started
+    seconds_per_step = measure_step(run, load, seconds=MEASURED_SHARE * 60 * training.max_minutes)
+    spent = (time.perf_counter() - started) / 60
+    steps = steps_in_minutes(
+        training.max_minutes - spent,
+        seconds_per_step=seconds_per_step,
+        seconds_per_validation=seconds_per_validation,
+        eval_interval=training.eval_interval,
+    )
+    return run.state.step + broadcast_steps(steps, run)
+
+
+def measure_step(
+    run: Run, load: Callable[[int], list[MicroBatch]], *, seconds: float, at_least: int = MEASURED_STEPS
+) -> float:
+    """Return the seconds of a step on the micro-batches of `load`, from real steps of a copy; see `length.py`."""
+    training = run.config.training
     optimizer: torch.optim.Optimizer | None = None
 
     def one_step(model: TransformerModel, step: int) -> None:
@@ -251,17 +268,7 @@ def decide_length(run: Run) -> int:
             world=World(run.world.rank, 1),
         )
 
-    seconds_per_step = measure_seconds_per_step(
-        run.model, one_step, first_step=run.state.step, seconds=MEASURED_SHARE * 60 * training.max_minutes
-    )
-    spent = (time.perf_counter() - started) / 60
-    steps = steps_in_minutes(
-        training.max_minutes - spent,
-        seconds_per_step=seconds_per_step,
-        seconds_per_validation=seconds_per_validation,
-        eval_interval=training.eval_interval,
-    )
-    return run.state.step + broadcast_steps(steps, run)
+    return measure_seconds_per_step(run.model, one_step, first_step=run.state.step, seconds=seconds, at_least=at_least)
 
 
 def broadcast_steps(steps: int, run: Run) -> int:

@@ -141,11 +141,10 @@ def layer_activation_bytes(
         if document_mask or 0 < config.sliding_window < T:
             attention += e * T * T * (B if document_mask else 1)
 
-    if config.is_gated:
-        feed_forward = e * N * F * 4  # both halves, the bent one, and the product
-    else:
-        feed_forward = e * N * F * (1 if config.activation == "relu" else 2)
-    return norms + attention + feed_forward + 2 * dropout_byte * N * D
+    # Gated: both halves, the bent one, and the product. Else what goes into the activation and what comes out of it,
+    # but ReLU's gradient is known from the latter.
+    inner = 4 if config.is_gated else 1 if config.activation == "relu" else 2
+    return norms + attention + inner * e * N * F + 2 * dropout_byte * N * D
 
 
 def norm_activation_bytes(config: ModelConfig, num_tokens: int, *, on_gpu: bool) -> int:

@@ -19,6 +19,7 @@ from sheepop.models.transformer import TransformerModel
 from sheepop.training.checkpoint import TrainingState, find_resume, read_state, restore, sweep_leftovers
 from sheepop.training.distributed import World, join_world, local_device, wait_for_all
 from sheepop.training.optimizer import make_optimizer
+from sheepop.training.plan import warn_if_too_large
 from sheepop.training.trainer import Run, train
 from sheepop.utils.devices import choose_precision, resolve_device
 from sheepop.utils.errors import CheckpointError, ConfigError, DataError
@@ -89,6 +90,8 @@ def start_run(
             claim_folder(run_folder, resuming=resume is not None)
         wait_for_all(world)
         corpus = open_text(asked, world)
+        if world.is_main:
+            warn_if_too_large(asked, corpus, device)
         run = set_up(asked, corpus, device=device, world=world)
         if checkpoint is not None:
             resume_from(run, checkpoint, accept_changes=accept_changes)

@@ -1,5 +1,6 @@
 """How much memory this process has taken and how much more it may take: measured, not estimated."""
 
+import contextlib
 import os
 import re
 import sys
@@ -27,10 +28,8 @@ def peak_resident_bytes() -> int:
 
 def forget_peak() -> None:
     """Let `peak_resident_bytes` count from now on; Linux only, elsewhere nothing happens."""
-    try:
+    with contextlib.suppress(OSError):
         (PROC / "self" / "clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def available_bytes(device: torch.device) -> int:
@@ -76,7 +75,9 @@ def _control_group_bytes() -> list[int]:
             try:
                 most = int((folder / limit).read_text())
                 # Files that are kept in memory count as used, but make room when it is needed.
-                files = re.search(r"^(?:total_)?inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+                files = re.search(
+                    r"^(?:total_)?inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE
+                )
                 used = int((folder / usage).read_text()) - (int(files.group(1)) if files else 0)
             except (OSError, ValueError):  # no such file, or "max"
                 continue

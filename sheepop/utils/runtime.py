@@ -35,3 +35,9 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_THRESHOLD, KEEP_BELOW)
     mallopt(M_TRIM_THRESHOLD, KEEP_BELOW)
     mallopt(M_TOP_PAD, GROW_BY)
+
+
+def return_freed_memory() -> None:
+    """Give glibc's freed blocks back to the system now, so that what is left is what is in use."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

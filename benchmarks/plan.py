@@ -26,8 +26,11 @@ SETTINGS = {
     "--training.max_steps 40 --training.eval_max_tokens 20000",
     "dropout": "--preset classic --model.d_model 512 --model.max_seq_len 512 --training.batch_size 4 "
     "--training.max_steps 30 --training.eval_max_tokens 20000",
+    "accumulation": "--preset classic --model.dropout 0 --model.d_model 320 --model.num_layers 5 --model.num_heads 5 "
+    "--model.max_seq_len 384 --training.batch_size 6 --training.gradient_accumulation_steps 2 "
+    "--training.precision fp32 --training.max_steps 20 --training.eval_max_tokens 20000",
 }
-ALWAYS = "--device cpu --training.warmup_steps 5 --training.log_interval 10".split()
+ALWAYS = "--device cpu --training.warmup_steps 5 --training.log_interval 5".split()
 SMALL = ("nano", "demo")
 
 

@@ -200,6 +200,9 @@ def train(
     device: Device = None,
     seed: Annotated[int | None, typer.Option(help="seed of every random choice")] = None,
     minutes: Annotated[float | None, typer.Option(help="train for this long")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="show where the time of some steps goes, with a trace in RUN/profile")
+    ] = False,
 ) -> None:
     """Train a model on text; every setting can be given as --section.key VALUE."""
     from sheepop.config import parse_overrides
@@ -214,7 +217,9 @@ def train(
         "training.max_minutes": minutes,
     }
     overrides = parse_overrides(context.args) | {key: value for key, value in named.items() if value is not None}
-    run = start_run(config, preset=preset, overrides=overrides, resume=resume, accept_changes=accept_changes)
+    run = start_run(
+        config, preset=preset, overrides=overrides, resume=resume, accept_changes=accept_changes, profile=profile
+    )
     if is_main_process():
         print(run)
 

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from sheepop.training.checkpoint import TrainingState, find_resume, read_state, 
 from sheepop.training.distributed import World, join_world, local_device, wait_for_all
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.plan import warn_if_too_large
+from sheepop.training.profiling import profile_steps
 from sheepop.training.trainer import Run, train
 from sheepop.utils.devices import choose_precision, resolve_device
 from sheepop.utils.errors import CheckpointError, ConfigError, DataError
@@ -56,6 +58,7 @@ def start_run(
     overrides: dict[str, object],
     resume: str | None,
     accept_changes: bool = False,
+    profile: bool = False,
 ) -> Path:
     """Train as the settings say, from the start or from a checkpoint, and return the run's folder.
 
@@ -67,6 +70,7 @@ def start_run(
         overrides: dotted settings of the command line, among them `data.path`.
         resume: None, `auto`, or the path of a checkpoint or run.
         accept_changes: let a resumed run go on with other settings than it began with.
+        profile: trace and time some steps, see `profiling.py`.
 
     Raises:
         SheepopError: whatever the user can mend; its class says which exit status.
@@ -98,7 +102,8 @@ def start_run(
         if world.is_main:
             write_json(run_folder / "config.json", run.config.model_dump())
             describe(run)
-        train(run)
+        with profile_steps(run_folder, device) if profile and world.is_main else nullcontext():
+            train(run)
     return run_folder
 
 

@@ -41,6 +41,7 @@ from sheepop.training.length import (
 )
 from sheepop.training.metrics import RunLog
 from sheepop.training.optimizer import make_optimizer
+from sheepop.training.profiling import begin_part
 from sheepop.training.schedule import learning_rate_at
 from sheepop.training.step import MicroBatch, StepResult, train_step
 from sheepop.utils.devices import Precision, peak_flops
@@ -102,6 +103,7 @@ def train(run: Run) -> None:
     model.train()
     batches = prefetch(batch_loader(run), state.step, total_steps, config.data.num_workers)
     with stop_signals() as stop:
+        begin_part("load")
         for step, micro_batches in enumerate(batches, start=state.step):
             learning_rate = learning_rate_at(step, total_steps, training)
             result = train_step(
@@ -116,6 +118,7 @@ def train(run: Run) -> None:
                 scaler=run.scaler,
                 world=run.world,
             )
+            begin_part("between steps")
             if not result.is_finite:
                 overflows += 1
                 if not run.precision.needs_loss_scaling or overflows > MAX_OVERFLOWS_IN_A_ROW:
@@ -180,6 +183,7 @@ def train(run: Run) -> None:
                 )
             # Loading the next batch belongs to the next step; validating, sampling and saving belong to none.
             step_started = time.perf_counter()
+            begin_part("load")
     if run_log:
         run_log.say(f"trained {state.step} steps, {state.tokens} tokens in {format_duration(state.elapsed_seconds)}")
         run_log.close()

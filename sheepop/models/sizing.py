@@ -71,11 +71,6 @@ def weight_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
     return count_parameters(config).total * bytes_per_number
 
 
-def training_state_bytes(config: ModelConfig) -> int:
-    """Return the bytes of weights, gradients and AdamW's two moments in fp32."""
-    return 4 * weight_bytes(config)
-
-
 def kv_cache_bytes(config: ModelConfig, batch_size: int, length: int, bytes_per_number: int = 4) -> int:
     """Return the bytes of keys and values: 2 x layers x B x K x length x C numbers."""
     numbers = 2 * config.num_layers * batch_size * config.num_kv_heads * length * config.head_dim

@@ -12,7 +12,7 @@ import torch
 
 from sheepop.config import Config, load_config
 from sheepop.data.corpus import Corpus
-from sheepop.models.sizing import count_parameters, weight_bytes
+from sheepop.models.sizing import count_parameters, training_flops_per_token, weight_bytes
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.distributed import World
 from sheepop.training.length import steps_in_minutes
@@ -42,7 +42,9 @@ Loader = Callable[[int], list[MicroBatch]]
 
 SECONDS = 10.0  # that measuring steps may take, about
 STEPS_MEASURED = 5
-SAMPLE_TOKENS = 32
+SAMPLE_TOKENS = 16
+REHEARSED = 64  # width, vocabulary and context of the model that libraries are loaded with
+LIKELY_SHARE = 0.2  # of the device's best, to guess whether a single sequence takes too long to measure
 PROBE_BYTES = 16 * 2**20  # written to see how fast a checkpoint is
 
 
@@ -121,9 +123,12 @@ def plan_with_text(plan: Plan, config: Config, corpus: Corpus, device: torch.dev
 
 def rehearse_libraries(config: Config, device: torch.device, precision: Precision) -> None:
     """Make a step of a tiny model of the same kind, so that libraries load what they load at their first use."""
-    tiny = changed(config, {"model.num_layers": 1, "model.vocab_size": min(config.model.vocab_size, 64)})
+    length = min(config.data.max_length, REHEARSED)
+    sizes = {"vocab_size": REHEARSED, "d_model": REHEARSED, "d_ff": REHEARSED, "max_seq_len": length, "head_dim": 16}
+    heads = {"num_layers": 1, "num_heads": 2, "num_kv_heads": 2 if config.model.num_heads % 2 else 1}
+    settings: dict[str, object] = {f"model.{key}": value for key, value in {**sizes, **heads}.items()}
+    tiny = changed(config, settings | {"data.max_length": length, "data.stride": length})
     model = TransformerModel(tiny.model).to(device)
-    length = min(config.data.max_length, 64)
     token_ids = torch.zeros((1, length), dtype=torch.long, device=device)
     train_step(
         model,
@@ -146,8 +151,14 @@ def measure(run: Run) -> Times:
     load = batch_loader(run)
     full = sum(len(batch.targets) for batch in load(0))  # sequences of a step
     run.model.train()
-    # One sequence first, to see how many fit into the time; a step of several costs less than as many of one.
-    one = measure_step(run, limited(load, 1), seconds=0, at_least=1)
+    best = peak_flops(run.model.device, run.precision.autocast_dtype)
+    context = run.config.data.max_length
+    flops = sequence_flops(run, context)
+    # One sequence first, or its beginning, to see how many fit into the time.
+    length = context
+    while length > 16 and sequence_flops(run, length) / (LIKELY_SHARE * best) > SECONDS / 2:
+        length //= 2
+    one = measure_step(run, limited(load, 1, length), seconds=0, at_least=1) * flops / sequence_flops(run, length)
     affordable = max(1, int(SECONDS / (STEPS_MEASURED + 1) / one))
     is_whole = affordable >= full
     if is_whole:
@@ -156,7 +167,7 @@ def measure(run: Run) -> Times:
         rows = min(affordable, training.batch_size)
         step = full * one
         if rows > 1:
-            several = measure_step(run, limited(load, rows), seconds=0, at_least=STEPS_MEASURED - 2)
+            several = measure_step(run, limited(load, rows, context), seconds=0, at_least=STEPS_MEASURED - 2)
             a_row = (several - one) / (rows - 1)  # without what a step costs once, the update above all
             step = several + (full - rows) * max(0.0, a_row)
     peak_bytes = measured_peak(run) if is_whole else None
@@ -166,13 +177,18 @@ def measure(run: Run) -> Times:
         sample=time_sample(run),
         checkpoint=time_checkpoint(run),
         is_whole_step=is_whole,
-        peak_flops=peak_flops(run.model.device, run.precision.autocast_dtype),
+        peak_flops=best,
         peak_bytes=peak_bytes,
     )
 
 
-def limited(load: Loader, rows: int) -> Loader:
-    """Return a loader of steps that have the first `rows` sequences of the first micro-batch alone."""
+def sequence_flops(run: Run, length: int) -> float:
+    """Return the operations of learning from one sequence of `length` tokens."""
+    return length * training_flops_per_token(run.config.model, length)
+
+
+def limited(load: Loader, rows: int, length: int) -> Loader:
+    """Return a loader of steps that have the first tokens of the first `rows` sequences of a micro-batch alone."""
 
     def load_some(step: int) -> list[MicroBatch]:
         batch = load(step)[0]
@@ -180,10 +196,10 @@ def limited(load: Loader, rows: int) -> Loader:
         return [
             replace(
                 batch,
-                token_ids=batch.token_ids[:rows],
-                targets=batch.targets[:rows],
-                num_targets=batch.targets[:rows].numel(),
-                document_ids=None if documents is None else documents[:rows],
+                token_ids=batch.token_ids[:rows, :length],
+                targets=batch.targets[:rows, :length],
+                num_targets=batch.targets[:rows, :length].numel(),
+                document_ids=None if documents is None else documents[:rows, :length],
             )
         ]
 
@@ -201,8 +217,10 @@ def time_validation(run: Run, *, seconds_per_sequence: float) -> float:
     """Return the seconds of a validation, from a part of one where that is long."""
     config, context = run.config, run.config.data.max_length
     wanted = min(run.corpus.split("val").num_tokens, config.training.eval_max_tokens)
-    # Scoring costs about a third of learning; a second or two of it is enough, in whole batches.
-    affordable = context * max(config.training.batch_size, int(2 * 3 / seconds_per_sequence))
+    seconds_of_one = seconds_per_sequence / 3  # a forward pass of three that learning takes
+    if seconds_of_one > SECONDS / 4:
+        return seconds_of_one * wanted / context
+    affordable = context * max(1, int(2 / seconds_of_one))
     part = replace(run, config=changed(config, {"training.eval_max_tokens": min(wanted, affordable)}))
     validate(replace(run, config=changed(config, {"training.eval_max_tokens": context})))  # pays for allocations
     began = time.perf_counter()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sheepop.config import PRESETS, load_config, parse_overrides
+from sheepop.models.sizing import training_flops_per_token
 from sheepop.models.transformer import TransformerModel
 from sheepop.training import plan as planning
 from sheepop.training import rehearsal
@@ -187,6 +188,22 @@ def test_a_step_is_worked_out_from_fewer_sequences_where_a_whole_one_is_long(ove
     monkeypatch.setattr(rehearsal, "SECONDS", 360.0)
     assert make_plan(None, preset=None, overrides=overrides).times.is_whole_step
     assert measured == [1, 6]
+
+
+def test_a_long_sequence_is_measured_by_its_beginning(overrides, monkeypatch):
+    shapes = []
+
+    def measure_step(run, load, *, seconds, at_least):
+        shapes.append(tuple(load(0)[0].token_ids.shape))
+        return 1000.0
+
+    monkeypatch.setattr(rehearsal, "measure_step", measure_step)
+    monkeypatch.setattr(rehearsal, "peak_flops", lambda device, dtype: 1.0)
+    plan = make_plan(None, preset=None, overrides=overrides | {"model.max_seq_len": 64, "data.max_length": 64})
+    assert shapes == [(1, 16)]
+    flops = [length * training_flops_per_token(plan.config.model, length) for length in (16, 64)]
+    assert plan.times.step == pytest.approx(6 * 1000 * flops[1] / flops[0])
+    assert plan.times.validation == pytest.approx(plan.times.step / 6 / 3 * 61 / 64)  # worked out, not waited for
 
 
 def test_a_time_budget_is_planned_as_steps_and_with_the_copy_to_measure_on(overrides):

@@ -5,19 +5,26 @@
 
 `large` and the like take the last text, `nano` and `demo` the first. Memory is the peak of what the process of the run
 held; a step is the mean over the run by its own clock, the first line of its record left out; the time altogether is
-that from the run's last line before training to the end of the process. Ratios are predicted over measured.
+that from the run's last line before training to the end of the process. Ratios are predicted over measured. On a shared
+machine, look at the last two columns: what other programs used of all cores while the plan and the run were made.
 """
 
 import argparse
+import functools
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from common import show
+
+T = TypeVar("T")
 
 SETTINGS = {
     "nano": "--preset nano --training.max_steps 200",
@@ -65,6 +72,22 @@ def train(settings: list[str], output: Path) -> dict[str, float]:
     }
 
 
+def other_programs(measure: Callable[[], T]) -> tuple[T, float]:
+    """Return what `measure` returns, and the share of all cores that programs other than its own used meanwhile."""
+
+    def used() -> tuple[float, float, float]:
+        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        idle = fields[3] + fields[4]
+        ticks = os.sysconf("SC_CLK_TCK")
+        ours = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return sum(fields) / ticks, (sum(fields) - idle) / ticks, ours.ru_utime + ours.ru_stime
+
+    before = used()
+    result = measure()
+    every, busy, ours = (after - first for after, first in zip(used(), before, strict=True))
+    return result, max(0.0, busy - ours) / every
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, action="append", type=Path)
@@ -79,8 +102,9 @@ def main() -> None:
             for name in options.settings:
                 text = options.text[0 if name in SMALL else -1]
                 settings = ["--data", str(text), "--data.data_dir", str(data_dir), *SETTINGS[name].split(), *ALWAYS]
-                predicted = plan(settings)
-                measured = train(settings, Path(scratch) / f"{name}-{repeat}")
+                predicted, beside_plan = other_programs(functools.partial(plan, settings))
+                output = Path(scratch) / f"{name}-{repeat}"
+                measured, beside_run = other_programs(functools.partial(train, settings, output))
                 memory, seconds = predicted["memory_bytes"], predicted["seconds"]
                 rows.append(
                     {
@@ -98,6 +122,8 @@ def main() -> None:
                         "s planned": seconds["total"],
                         "s measured": measured["total"],
                         "time ratio": seconds["total"] / measured["total"],
+                        "others' cpu, plan": beside_plan,
+                        "others' cpu, run": beside_run,
                     }
                 )
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)

@@ -30,7 +30,7 @@ from sheepop.utils.logging import warn
 from sheepop.utils.memory import available_bytes, resident_bytes
 
 # What the allocator holds beyond the tensors, as a share of what comes and goes within a step. glibc (before 2.38)
-# seldom fits an aligned block into the hole that an equal one left: 0.2 to 0.65 were measured (`docs/log.md`).
+# seldom fits an aligned block into the hole that an equal one left: 0.2 to 0.63 were measured (`docs/log.md`).
 # PyTorch's own allocator for GPUs keeps blocks by size.
 ALLOCATOR_SHARE = {"cpu": 0.45, "cuda": 0.1, "mps": 0.1}
 LEAST_CONTEXT = 32  # that is advised

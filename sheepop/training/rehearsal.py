@@ -26,10 +26,10 @@ from sheepop.training.plan import (
     plan_memory,
     plan_steps,
     precision_of,
-    settings_that_fit,
     with_measurements,
     with_vocabulary,
 )
+from sheepop.training.plan_advice import settings_that_fit
 from sheepop.training.run import open_text, set_up
 from sheepop.training.step import MicroBatch, train_step
 from sheepop.training.trainer import Run, batch_loader, measure_step, sample_text, validate

@@ -20,7 +20,7 @@ from sheepop.models.transformer import TransformerModel
 from sheepop.training.checkpoint import TrainingState, find_resume, read_state, restore, sweep_leftovers
 from sheepop.training.distributed import World, join_world, local_device, wait_for_all
 from sheepop.training.optimizer import make_optimizer
-from sheepop.training.plan import warn_if_too_large
+from sheepop.training.plan_advice import warn_if_too_large
 from sheepop.training.profiling import profile_steps
 from sheepop.training.trainer import Run, train
 from sheepop.utils.devices import choose_precision, resolve_device

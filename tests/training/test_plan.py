@@ -19,9 +19,8 @@ from sheepop.training.plan import (
     format_bytes,
     plan_length,
     plan_memory,
-    settings_that_fit,
-    smaller_models,
 )
+from sheepop.training.plan_advice import describe_advice, settings_that_fit, smaller_models
 from sheepop.training.plan_table import format_plan
 from sheepop.training.rehearsal import make_plan
 from sheepop.utils.errors import ConfigError, SheepopError
@@ -281,4 +280,4 @@ def test_where_nothing_fits_that_is_said():
     config = load_config(preset="demo")
     memory = plan_memory(config, CPU, process=100 * MILLION, available=101 * MILLION)
     assert settings_that_fit(config, CPU, memory) == []
-    assert "free some memory" in next(planning.describe_advice([]))
+    assert "free some memory" in next(describe_advice([]))

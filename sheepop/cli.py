@@ -200,6 +200,9 @@ def train(
     device: Device = None,
     seed: Annotated[int | None, typer.Option(help="seed of every random choice")] = None,
     minutes: Annotated[float | None, typer.Option(help="train for this long")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="show where the time of some steps goes, with a trace in RUN/profile")
+    ] = False,
 ) -> None:
     """Train a model on text; every setting can be given as --section.key VALUE."""
     from sheepop.config import parse_overrides
@@ -214,9 +217,38 @@ def train(
         "training.max_minutes": minutes,
     }
     overrides = parse_overrides(context.args) | {key: value for key, value in named.items() if value is not None}
-    run = start_run(config, preset=preset, overrides=overrides, resume=resume, accept_changes=accept_changes)
+    run = start_run(
+        config, preset=preset, overrides=overrides, resume=resume, accept_changes=accept_changes, profile=profile
+    )
     if is_main_process():
         print(run)
+
+
+@app.command(cls=SettingsCommand, context_settings=SETTINGS)
+def plan(
+    context: typer.Context,
+    data: Data = None,
+    config: ConfigFile = None,
+    preset: Preset = None,
+    output: Annotated[Path | None, typer.Option(help="the run's folder, for the disk that it is on")] = None,
+    device: Device = None,
+    minutes: Annotated[float | None, typer.Option(help="train for this long")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate parameters, FLOPs, memory, time and disk of a run before it, in some seconds."""
+    from sheepop.config import parse_overrides
+    from sheepop.training.plan_table import format_plan
+    from sheepop.training.rehearsal import make_plan
+
+    named = {
+        "data.path": data and str(data),
+        "training.save_dir": output and str(output),
+        "device": device,
+        "training.max_minutes": minutes,
+    }
+    overrides = parse_overrides(context.args) | {key: value for key, value in named.items() if value is not None}
+    result = make_plan(config, preset=preset, overrides=overrides)
+    print(json.dumps(result.to_json(), ensure_ascii=False) if as_json else format_plan(result))
 
 
 @app.command(name="verify-resume", cls=SettingsCommand, context_settings=SETTINGS)

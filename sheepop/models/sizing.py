@@ -71,12 +71,191 @@ def weight_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
     return count_parameters(config).total * bytes_per_number
 
 
-def training_state_bytes(config: ModelConfig) -> int:
-    """Return the bytes of weights, gradients and AdamW's two moments in fp32."""
-    return 4 * weight_bytes(config)
-
-
 def kv_cache_bytes(config: ModelConfig, batch_size: int, length: int, bytes_per_number: int = 4) -> int:
     """Return the bytes of keys and values: 2 x layers x B x K x length x C numbers."""
     numbers = 2 * config.num_layers * batch_size * config.num_kv_heads * length * config.head_dim
     return numbers * bytes_per_number
+
+
+def is_attention_materialized(config: ModelConfig, *, on_gpu: bool) -> bool:
+    """Say whether attention keeps its (T, T) weights: the readable one does, and on a CPU the fused one that drops."""
+    return config.attention == "reference" or (config.dropout > 0 and not on_gpu)
+
+
+def layer_activation_bytes(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    context: int,
+    bytes_per_number: int = 4,
+    document_mask: bool = False,
+    on_gpu: bool = False,
+) -> int:
+    """Return the bytes that one block keeps from its forward pass for its backward pass.
+
+    What each operation saves, in the manner of Korthikanti et al. 2022, section 4.1, for this model's own operations:
+    the residual stream and the norms are in fp32, products and the feed-forward in the computing type.
+
+    Args:
+        bytes_per_number: of the computing type: 4 for fp32, 2 for bf16 and fp16.
+        document_mask: each layer keeps a mask of its own.
+        on_gpu: fused norms, masks of a byte in dropout, and dropout inside the fused attention.
+    """
+    B, T, D, H, K, C, F = (
+        batch_size,
+        context,
+        config.d_model,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.d_ff,
+    )
+    N, e = B * T, bytes_per_number
+    is_mixed = e < 4
+    dropout_byte = 0 if not config.dropout else 1 if on_gpu else e
+
+    norms = 2 * (norm_activation_bytes(config, N, on_gpu=on_gpu) + e * N * D)  # and what the products read of them
+    projected = e * N * (H + 2 * K) * C
+    attention = e * N * H * C  # what the output projection reads
+    if config.qk_norm:
+        attention += 4 * N * (H + K) * (1 + (0 if on_gpu else C))  # scales, and normalised queries and keys
+        attention += 4 * N * (H + K) * C if is_mixed else 0  # their fp32 copies
+    if is_attention_materialized(config, on_gpu=on_gpu):
+        if config.attention == "reference":
+            weights = e * (3 if config.dropout else 1) + (4 if is_mixed and on_gpu else 0)
+            attention += 3 * e * N * H * C
+        else:
+            weights = 3 * 4  # softmax, what is dropped, and their product, in fp32 whatever the computing type
+            attention += 3 * 4 * N * H * C
+        attention += weights * N * T * H
+        attention += projected if config.qk_norm and not is_mixed else 0
+    else:
+        attention += projected + 4 * N * H  # values are a view of it; and the logarithms of the softmax's sums
+        if config.positions == "rotary" or config.qk_norm:
+            attention += e * N * (H + K) * C
+        if document_mask or 0 < config.sliding_window < T:
+            attention += e * T * T * (B if document_mask else 1)
+
+    # Gated: both halves, the bent one, and the product. Else what goes into the activation and what comes out of it,
+    # but ReLU's gradient is known from the latter.
+    inner = 4 if config.is_gated else 1 if config.activation == "relu" else 2
+    return norms + attention + inner * e * N * F + 2 * dropout_byte * N * D
+
+
+def norm_activation_bytes(config: ModelConfig, num_tokens: int, *, on_gpu: bool) -> int:
+    """Return the bytes that one norm of the residual stream keeps: its fp32 input and its statistics."""
+    if config.norm == "layernorm":
+        return 4 * num_tokens * (config.d_model + 2)
+    # Outside a GPU, PyTorch's RMSNorm is composed of simpler operations and keeps the normalised input as well.
+    return 4 * num_tokens * (config.d_model * (1 if on_gpu else 2) + 1)
+
+
+def activation_bytes(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    context: int,
+    bytes_per_number: int = 4,
+    document_mask: bool = False,
+    on_gpu: bool = False,
+    activation_checkpointing: bool = False,
+) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, but for the logits.
+
+    With `activation_checkpointing` each block keeps its input alone and is run again in the backward pass (Chen et
+    al. 2016), so that the whole of one block exists at a time.
+    """
+    N, D, e = batch_size * context, config.d_model, bytes_per_number
+    layer = layer_activation_bytes(
+        config,
+        batch_size=batch_size,
+        context=context,
+        bytes_per_number=e,
+        document_mask=document_mask,
+        on_gpu=on_gpu,
+    )
+    layers = config.num_layers * 4 * N * D + layer if activation_checkpointing else config.num_layers * layer
+    outside = 16 * N + norm_activation_bytes(config, N, on_gpu=on_gpu) + e * N * D  # ids, targets, final norm
+    if config.positions == "rotary":
+        outside += 4 * context * (config.num_heads + config.num_kv_heads) * config.head_dim
+    if config.dropout:
+        outside += (1 if on_gpu else 4) * N * D
+    if e < 4:  # autocast keeps a copy of each matrix that multiplies
+        counts = count_parameters(config)
+        outside += e * (counts.attention + counts.feed_forward + config.vocab_size * D)
+    return layers + outside
+
+
+def logits_bytes(config: ModelConfig, *, batch_size: int, context: int, bytes_per_number: int = 4) -> int:
+    """Return the bytes of the logits and their fp32 company at the loss's backward pass, where they are most.
+
+    The logits themselves, and in fp32 their log-softmax, its gradient, and the gradient that comes of it.
+    """
+    return batch_size * context * config.vocab_size * (bytes_per_number + 3 * 4)
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """The bytes of a training step by part, on one device and with AdamW.
+
+    Attributes:
+        activations: what the forward pass keeps for the backward pass of one micro-batch.
+        logits: see `logits_bytes`.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    gradients_at_start: int
+
+    @property
+    def state(self) -> int:
+        """What is there whatever the batch: weights, gradients and the optimizer's moments."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def transient(self) -> int:
+        """What comes and goes within a step, at its largest.
+
+        At the start of the backward pass all activations are there and, in the first micro-batch, no gradient is; at
+        its end it is the other way round.
+        """
+        return max(self.activations + self.logits + self.gradients_at_start, self.gradients)
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that tensors hold at one time."""
+        return self.weights + self.optimizer + self.transient
+
+
+def training_bytes(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    context: int,
+    gradient_accumulation_steps: int = 1,
+    bytes_per_number: int = 4,
+    document_mask: bool = False,
+    on_gpu: bool = False,
+    activation_checkpointing: bool = False,
+) -> TrainingBytes:
+    """Return the bytes of a training step by part; see `activation_bytes` for the arguments."""
+    weights = weight_bytes(config)
+    return TrainingBytes(
+        weights=weights,
+        gradients=weights,
+        optimizer=2 * weights,
+        activations=activation_bytes(
+            config,
+            batch_size=batch_size,
+            context=context,
+            bytes_per_number=bytes_per_number,
+            document_mask=document_mask,
+            on_gpu=on_gpu,
+            activation_checkpointing=activation_checkpointing,
+        ),
+        logits=logits_bytes(config, batch_size=batch_size, context=context, bytes_per_number=bytes_per_number),
+        gradients_at_start=weights if gradient_accumulation_steps > 1 else 0,
+    )

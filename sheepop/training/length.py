@@ -15,7 +15,7 @@ from sheepop.training.batches import batch_loader
 from sheepop.training.distributed import World
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.state import Run
-from sheepop.training.step import train_step
+from sheepop.training.step import MicroBatch, train_step
 from sheepop.training.validation import sample_text, validate
 
 MEASURED_SHARE = 0.03  # of the time budget
@@ -41,7 +41,7 @@ def decide_length(run: Run) -> int:
     if training.sample_tokens:
         sample_text(run)
     seconds_per_validation = time.perf_counter() - started
-    seconds_per_step = time_of_a_step(run, seconds=MEASURED_SHARE * 60 * training.max_minutes)
+    seconds_per_step = measure_step(run, batch_loader(run), seconds=MEASURED_SHARE * 60 * training.max_minutes)
     spent = (time.perf_counter() - started) / 60
     steps = steps_in_minutes(
         training.max_minutes - spent,
@@ -67,13 +67,14 @@ def steps_in_minutes(
     return max(1, int(seconds / seconds_per_step))
 
 
-def time_of_a_step(run: Run, *, seconds: float) -> float:
-    """Return the seconds of a real training step, measured for some `seconds` on a copy that is thrown away.
+def measure_step(
+    run: Run, load: Callable[[int], list[MicroBatch]], *, seconds: float, at_least: int = MEASURED_STEPS
+) -> float:
+    """Return the seconds of a step on the micro-batches of `load`, from real steps of a copy that is thrown away.
 
     A sharded model is measured as it is, without the update: a copy may not fit, and all processes must make equally
     many steps, so their number is fixed.
     """
-    load = batch_loader(run)
     is_sharded = isinstance(run.model, FSDPModule)
     if is_sharded:
         scratch, seconds = run, 0.0
@@ -91,19 +92,25 @@ def time_of_a_step(run: Run, *, seconds: float) -> float:
         device=run.model.device,
         first_step=run.state.step,
         seconds=seconds,
+        at_least=at_least,
     )
 
 
 def measure_seconds_per_step(
-    run_step: Callable[[int], object], *, device: torch.device, first_step: int, seconds: float
+    run_step: Callable[[int], object],
+    *,
+    device: torch.device,
+    first_step: int,
+    seconds: float,
+    at_least: int = MEASURED_STEPS,
 ) -> float:
-    """Return the median time of `run_step(step)`, measured for some `seconds`.
+    """Return the median time of `at_least` steps by `run_step(step)`, made for some `seconds`.
 
     The first is left out: it pays for allocations. The median leaves out moments in which another program was busy.
     """
     durations: list[float] = []
     started = time.perf_counter()
-    while len(durations) <= MEASURED_STEPS or time.perf_counter() - started < seconds:
+    while len(durations) <= at_least or time.perf_counter() - started < seconds:
         before = time.perf_counter()
         run_step(first_step + len(durations))
         if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ from sheepop.training.distributed import (
 )
 from sheepop.training.length import total_steps_without_clock
 from sheepop.training.optimizer import make_optimizer
+from sheepop.training.plan_advice import warn_if_too_large
+from sheepop.training.profiling import profile_steps
 from sheepop.training.schedule import learning_rate_at
 from sheepop.training.state import Run, TrainingState
 from sheepop.training.trainer import train
@@ -72,6 +75,7 @@ def start_run(
     overrides: dict[str, object],
     resume: str | None,
     accept_changes: bool = False,
+    profile: bool = False,
 ) -> Path:
     """Train as the settings say, from the start or from a checkpoint, and return the run's folder.
 
@@ -83,6 +87,7 @@ def start_run(
         overrides: dotted settings of the command line, among them `data.path`.
         resume: None, `auto`, or the path of a checkpoint or run.
         accept_changes: let a resumed run go on with other settings than it began with.
+        profile: trace and time some steps, see `profiling.py`.
 
     Raises:
         SheepopError: whatever the user can mend; its class says which exit status.
@@ -108,13 +113,15 @@ def start_run(
         run_folder = Path(asked.training.save_dir)
         on_main(world, lambda: claim_folder(run_folder, resuming=resume is not None))
         corpus = open_text(asked, world)
+        on_main(world, lambda: warn_if_too_large(asked, corpus, device))
         run = set_up(asked, corpus, device=device, world=world)
         if checkpoint is not None:
             resume_from(run, checkpoint, accept_changes=accept_changes)
         if world.is_main:
             write_json(run_folder / "config.json", run.config.model_dump())
             describe(run)
-        train(run)
+        with profile_steps(run_folder, device) if profile and world.is_main else nullcontext():
+            train(run)
     return run_folder
 
 

@@ -52,22 +52,28 @@ class TrainingState:
 
 
 @dataclass
-class Run:
-    """The parts of a run; `state` is what changes.
+class Learner:
+    """What one step of training works with; `state` is what changes.
 
     Attributes:
-        forward: what the training step calls: the model, or the model inside PyTorch's data-parallel wrapper.
+        forward: what the step calls: the model, or the model inside PyTorch's data-parallel wrapper.
     """
 
-    folder: Path
     config: Config
-    corpus: Corpus
-    tokenizer: Tokenizer
     model: TransformerModel
     forward: nn.Module
     optimizer: torch.optim.Optimizer
-    sampler: Sampler
     precision: Precision
     world: World
     state: TrainingState
+
+
+@dataclass
+class Run(Learner):
+    """A learner with its text and the folder that it writes to."""
+
+    folder: Path
+    corpus: Corpus
+    tokenizer: Tokenizer
+    sampler: Sampler
     packing: PackingPlan | None = None

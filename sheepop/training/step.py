@@ -10,8 +10,9 @@ from torch import Tensor
 from sheepop.training.distributed import averages_gradients, full, gradient_exchange, sum_over_processes
 from sheepop.training.guard import Verdict, allows_update
 from sheepop.training.loss import summed_cross_entropy
+from sheepop.training.profiling import begin_part
 from sheepop.training.signals import StopRequest
-from sheepop.training.state import Run
+from sheepop.training.state import Learner
 from sheepop.utils.seeds import derive_seed
 
 
@@ -57,7 +58,7 @@ class StepResult:
 
 
 def train_step(
-    run: Run,
+    learner: Learner,
     micro_batches: Sequence[MicroBatch],
     *,
     step: int,
@@ -70,7 +71,7 @@ def train_step(
     A loss or gradient that is not finite changes no weight and no moment, on any process.
 
     Args:
-        run: whose model and optimizer change; its state is only read.
+        learner: whose model and optimizer change; its state is only read.
         micro_batches: as many on every process.
         step: number of the step, from 0.
         learning_rate: of this step.
@@ -80,40 +81,46 @@ def train_step(
     Returns:
         None if the step was left in the middle, which changes nothing.
     """
-    model, optimizer, world, precision = run.model, run.optimizer, run.world, run.precision
-    training, guard, loss_scale = run.config.training, run.state.guard, run.state.loss_scale
+    begin_part("other")
+    model, optimizer, world, precision = learner.model, learner.optimizer, learner.world, learner.precision
+    training, guard, loss_scale = learner.config.training, learner.state.guard, learner.state.loss_scale
     device = model.device
     scale = loss_scale.value if precision.needs_loss_scaling else 1.0
-    factor = scale * (world.size if averages_gradients(run.forward) else 1)
+    factor = scale * (world.size if averages_gradients(learner.forward) else 1)
     counted = torch.tensor(sum(batch.num_targets for batch in micro_batches), device=device)
     num_targets = int(sum_over_processes(counted, world))
     loss_sum = torch.zeros((), device=device)
     for number, batch in enumerate(micro_batches, start=1):
+        begin_part("forward")
         if stop is not None and stop.is_made and world.size == 1:
             optimizer.zero_grad(set_to_none=True)
             return None
         # Dropout depends on where in training we are and on nothing else: not on what ran before, nor on which
         # process runs it.
         if model.config.dropout:
-            torch.manual_seed(derive_seed(run.config.seed, "dropout", step, batch.index))
+            torch.manual_seed(derive_seed(learner.config.seed, "dropout", step, batch.index))
         autocast = torch.autocast(device.type, precision.autocast_dtype, enabled=precision.autocast_dtype is not None)
-        with gradient_exchange(run.forward, is_last=number == len(micro_batches)):
+        with gradient_exchange(learner.forward, is_last=number == len(micro_batches)):
             with autocast:
-                logits = run.forward(batch.token_ids, document_ids=batch.document_ids)  # (B, T, V)
+                logits = learner.forward(batch.token_ids, document_ids=batch.document_ids)  # (B, T, V)
             loss = summed_cross_entropy(logits, batch.targets) / num_targets
+            begin_part("backward")
             (loss * factor if factor != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.detach()
 
+    begin_part("clip")
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if scale != 1.0:
         for gradient in gradients:
             gradient.mul_(1 / scale)
     total_norm = torch.nn.utils.get_total_norm(gradients)
+    begin_part("gradient exchange")
     # One message for both, and one wait for the device for all three.
     stop_flag = torch.full_like(loss_sum, float(stop is not None and stop.is_made))
     sums = sum_over_processes(torch.stack((loss_sum, stop_flag)), world)
     loss_value, stops, grad_norm = torch.cat((sums, full(total_norm)[None].to(sums))).tolist()
 
+    begin_part("clip")
     verdict = guard.judge(loss_value, grad_norm, training)
     # The loss itself was never scaled: one that is not finite is no overflow.
     overflowed = (
@@ -123,8 +130,10 @@ def train_step(
     if is_updated:
         if training.max_grad_norm is not None and grad_norm > training.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), training.max_grad_norm, total_norm)
+        begin_part("optimizer")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
+    begin_part("other")
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss_value, grad_norm, num_targets, verdict, is_updated, overflowed, stops > 0)

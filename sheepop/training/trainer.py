@@ -11,6 +11,7 @@ from sheepop.training.batches import batch_loader
 from sheepop.training.distributed import agree_on_any
 from sheepop.training.length import decide_length
 from sheepop.training.metrics import RunLog
+from sheepop.training.profiling import begin_part
 from sheepop.training.saver import Saver
 from sheepop.training.schedule import learning_rate_at
 from sheepop.training.signals import StopRequest, stop_signals
@@ -41,7 +42,7 @@ def train(run: Run) -> None:
             "learning rate never comes down; lower training.warmup_steps"
         )
     flops_per_token = training_flops_per_token(config.model, config.data.max_length)
-    peak = peak_flops(model.device) * run.world.size
+    peak = peak_flops(model.device, run.precision.autocast_dtype) * run.world.size
     interval_tokens, interval_seconds = 0, 0.0
     elapsed_before, started = state.elapsed_seconds, time.perf_counter()
 
@@ -52,9 +53,11 @@ def train(run: Run) -> None:
             finish_step(run, run_log, saver, stop)
         batches = prefetch(batch_loader(run), state.step, total_steps, config.data.num_workers)
         step_started = time.perf_counter()
+        begin_part("load")
         for step, micro_batches in enumerate(batches, start=state.step):
             learning_rate = learning_rate_at(step, total_steps, training)
             result = train_step(run, micro_batches, step=step, learning_rate=learning_rate, stop=stop)
+            begin_part("between steps")
             if result is None:
                 leave(run, saver, stop)
             if not result.is_updated or result.verdict == "spike":
@@ -100,6 +103,7 @@ def train(run: Run) -> None:
             state.elapsed_seconds = elapsed_before + time.perf_counter() - started
             # Loading the next batch belongs to the next step; validating, sampling and saving belong to none.
             step_started = time.perf_counter()
+            begin_part("load")
         run_log.say(f"trained {state.step} steps, {state.tokens} tokens in {format_duration(state.elapsed_seconds)}")
 
 

@@ -1,6 +1,7 @@
 """Which device to compute on, and in which precision."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -80,34 +81,60 @@ def cpu_has_bf16() -> bool:
     return any(check is not None and check() for check in checks)
 
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the name is matched from the left.
+@dataclass(frozen=True)
+class KnownPeak:
+    """Dense peaks in FLOP/s: bf16 and fp16 on tensor cores with fp32 sums, and plain fp32."""
+
+    half: float
+    single: float
+
+    def at(self, dtype: torch.dtype | None) -> float:
+        """Return the peak of products in `dtype`, where None is fp32; TensorFloat-32 runs at half the rate of bf16."""
+        if dtype is not None:
+            return self.half
+        return self.single if torch.get_float32_matmul_precision() == "highest" else self.half / 2
+
+
+# From the makers' data sheets; the name is matched from the left.
 KNOWN_PEAKS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA H200": KnownPeak(989e12, 67e12),
+    "NVIDIA H100 PCIe": KnownPeak(756e12, 51e12),
+    "NVIDIA H100": KnownPeak(989e12, 67e12),
+    "NVIDIA A100": KnownPeak(312e12, 19.5e12),
+    "NVIDIA L40S": KnownPeak(362e12, 91.6e12),
+    "NVIDIA L40": KnownPeak(181e12, 90.5e12),
+    "NVIDIA L4": KnownPeak(121e12, 30.3e12),
+    "NVIDIA GeForce RTX 4090": KnownPeak(165e12, 82.6e12),
+    "NVIDIA GeForce RTX 3090": KnownPeak(71e12, 35.6e12),
 }
+PEAK_SIZE = 1024  # of the square matrices whose product is timed
+PEAK_ROUNDS = 8
 
 
-def peak_flops(device: torch.device) -> float:
-    """Return the floating-point operations a second that the device can do at best.
+def peak_flops(device: torch.device, dtype: torch.dtype | None = None) -> float:
+    """Return the floating-point operations a second that the device can do at best in `dtype`; None is fp32.
 
-    A known GPU answers with its data sheet; anything else is measured as the best of a few fp32 products of
-    1024 x 1024 matrices (some tens of milliseconds).
+    A known GPU answers with its data sheet. Anything else is measured, with as many threads as the run has, as the best
+    of a few products of 1024 x 1024 matrices (some tens of milliseconds): on a CPU in fp32 by the faster of
+    PyTorch's two libraries, since the model uses either.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for prefix, peak in KNOWN_PEAKS.items():
             if name.startswith(prefix):
-                return peak
-    size = 1024
-    left, right = torch.ones(size, size, device=device), torch.ones(size, size, device=device)
+                return peak.at(dtype)
+    left = torch.ones(PEAK_SIZE, PEAK_SIZE, device=device, dtype=dtype or torch.float32)
+    products = [lambda: left @ left]
+    if device.type == "cpu" and dtype is None and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        products.append(lambda: torch.ops.mkldnn._linear_pointwise(left, left, None, "none", [], ""))
+    return max(2 * PEAK_SIZE**3 / _best_seconds(product) for product in products)
+
+
+def _best_seconds(product: Callable[[], torch.Tensor]) -> float:
     best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        (left @ right)[0, 0].item()  # reading a number waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    with torch.inference_mode():
+        for _ in range(PEAK_ROUNDS):
+            start = time.perf_counter()
+            product()[0, 0].item()  # reading a number waits for the device
+            best = min(best, time.perf_counter() - start)
+    return best

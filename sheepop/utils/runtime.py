@@ -41,6 +41,12 @@ def keep_freed_memory() -> None:
     mallopt(M_TOP_PAD, GROW_BY)
 
 
+def return_freed_memory() -> None:
+    """Give glibc's freed blocks back to the system now, so that what is left is what is in use."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def end_at_once_among_others() -> Iterator[None]:
     """End the process with the block where it is one of several that `torchrun` started; else do nothing.

@@ -102,10 +102,19 @@ def train_config():
 def train_in(corpus_folder):
     """Train in a folder: `train_in(folder, resume="auto", **{"training.max_steps": 5})`."""
 
-    def train(folder: Path, *, resume: str | None = None, accept_changes: bool = False, **settings: object) -> Path:
+    def train(
+        folder: Path,
+        *,
+        resume: str | None = None,
+        accept_changes: bool = False,
+        profile: bool = False,
+        **settings: object,
+    ) -> Path:
         overrides = TINY | {"data.path": str(corpus_folder), "training.save_dir": str(folder)} | settings
         preset = overrides.pop("preset", None)
-        return start_run(None, preset=preset, overrides=overrides, resume=resume, accept_changes=accept_changes)
+        return start_run(
+            None, preset=preset, overrides=overrides, resume=resume, accept_changes=accept_changes, profile=profile
+        )
 
     return train
 

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from sheepop.config import TrainingConfig
 from sheepop.data.corpus import open_corpus
+from sheepop.training.batches import batch_loader
 from sheepop.training.checkpoint import read_state
 from sheepop.training.distributed import World
 from sheepop.training.length import (
     measure_seconds_per_step,
+    measure_step,
     steps_in_minutes,
-    time_of_a_step,
     total_steps_without_clock,
 )
 from sheepop.training.run import set_up
@@ -57,7 +58,7 @@ def test_measuring_changes_nothing(tiny_config, corpus_folder):
     config = tiny_config(**{"training.max_steps": 9})
     run = set_up(config, open_corpus(corpus_folder), device=torch.device("cpu"), world=World())
     before = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict(), run.state))
-    assert time_of_a_step(run, seconds=0.0) > 0
+    assert measure_step(run, batch_loader(run), seconds=0.0) > 0
     after = (run.model.state_dict(), run.optimizer.state_dict(), run.state)
     assert before[1:] == after[1:]
     assert all(tensor.equal(before[0][name]) for name, tensor in after[0].items())

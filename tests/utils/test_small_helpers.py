@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sheepop.utils import devices
 from sheepop.utils.devices import available_devices, choose_precision, cpu_has_bf16, peak_flops, resolve_device
 from sheepop.utils.errors import ConfigError, did_you_mean
 from sheepop.utils.logging import format_count, format_duration
@@ -62,3 +63,36 @@ def test_durations(seconds, text):
 def test_did_you_mean():
     assert did_you_mean("hed_dim", ["head_dim", "d_ff"]) == " Did you mean 'head_dim'?"
     assert did_you_mean("zzz", ["head_dim"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "matmul", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, "highest", 989e12),
+        ("NVIDIA H100 80GB HBM3", torch.float16, "highest", 989e12),
+        ("NVIDIA H100 80GB HBM3", None, "highest", 67e12),
+        ("NVIDIA H100 PCIe", None, "high", 378e12),
+        ("NVIDIA L40S", torch.bfloat16, "highest", 362e12),
+        ("NVIDIA L4", torch.bfloat16, "highest", 121e12),
+    ],
+)
+def test_a_known_gpu_is_compared_with_its_data_sheet_in_the_precision_used(monkeypatch, name, dtype, matmul, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: matmul)
+    assert peak_flops(torch.device("cuda", 0), dtype) == peak
+
+
+def test_the_cpus_peak_is_measured_in_the_precision_used(monkeypatch):
+    products = []
+
+    def seconds(product):
+        products.append(product().dtype)
+        return 1.0 if len(products) == 1 else 0.5
+
+    monkeypatch.setattr(devices, "_best_seconds", seconds)
+    both_libraries = torch.backends.mkldnn.is_available()
+    assert peak_flops(CPU) == 2 * 1024**3 / (0.5 if both_libraries else 1.0)  # the faster of the two
+    assert set(products) == {torch.float32}
+    products.clear()
+    peak_flops(CPU, torch.bfloat16)
+    assert products == [torch.bfloat16]

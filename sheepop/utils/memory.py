@@ -1,0 +1,94 @@
+"""How much memory this process has taken and how much more it may take: measured, not estimated."""
+
+import contextlib
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+PROC = Path("/proc")
+CGROUP = Path("/sys/fs/cgroup")
+NO_LIMIT = 2**60  # version 1 of control groups writes a number near 2**63 where there is no limit
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process holds now, shared libraries included."""
+    return _status("VmRSS") or peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Return the most memory that this process has held, since `forget_peak` where the system can."""
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _status("VmHWM") or (used if sys.platform == "darwin" else used * 1024)
+
+
+def forget_peak() -> None:
+    """Let `peak_resident_bytes` count from now on; Linux only, elsewhere nothing happens."""
+    with contextlib.suppress(OSError):
+        (PROC / "self" / "clear_refs").write_text("5")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return how much more memory this process may take on `device` before something is ended or swapped out.
+
+    On a GPU what its driver says; else the system's estimate of what can be had without swapping, or what a control
+    group (of a container, say) still allows if that is less.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return min(_system_bytes(), *_control_group_bytes())
+
+
+def _system_bytes() -> int:
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", (PROC / "meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found:
+        return int(found.group(1)) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _control_group_bytes() -> list[int]:
+    """Return what each control group above this process still allows, in both versions of their files."""
+    allowed = [NO_LIMIT]
+    try:
+        lines = (PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return allowed
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage = CGROUP, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit, usage = CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        # Inside a container the path is often that of the host, and the group is mounted at the root itself.
+        inner = root / name.lstrip("/")
+        for folder in {root, inner, *(parent for parent in inner.parents if parent.is_relative_to(root))}:
+            try:
+                most = int((folder / limit).read_text())
+                # Files that are kept in memory count as used, but make room when it is needed.
+                files = re.search(
+                    r"^(?:total_)?inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE
+                )
+                used = int((folder / usage).read_text()) - (int(files.group(1)) if files else 0)
+            except (OSError, ValueError):  # no such file, or "max"
+                continue
+            if most < NO_LIMIT:
+                allowed.append(max(0, most - used))
+    return allowed
+
+
+def _status(key: str) -> int:
+    try:
+        found = re.search(rf"^{key}:\s+(\d+) kB", (PROC / "self" / "status").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found.group(1)) * 1024 if found else 0

@@ -1,0 +1,110 @@
+import pytest
+import torch
+
+from sheepop.config import load_config
+from sheepop.models.sizing import (
+    activation_bytes,
+    count_parameters,
+    logits_bytes,
+    training_bytes,
+    weight_bytes,
+)
+from sheepop.models.transformer import TransformerModel
+
+B, T, V = 3, 45, 97
+SIZES = {
+    "model.vocab_size": V,
+    "model.d_model": 40,
+    "model.num_layers": 3,
+    "model.num_heads": 4,
+    "model.d_ff": 92,
+    "model.max_seq_len": 48,
+}
+TOLERANCE = 0.03  # of what the formula leaves out: masks of a byte, counters, scalars
+
+
+def model_config(preset, **settings):
+    overrides = SIZES | {f"model.{key}": value for key, value in settings.items()}
+    return load_config(preset=preset, overrides=overrides).model
+
+
+def bytes_saved_for_backward(config, *, dtype=None, document_ids=None):
+    """Bytes of the distinct blocks of memory that autograd keeps, without weights, and those of the log-softmax."""
+    torch.manual_seed(0)
+    model = TransformerModel(config).train()
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    blocks = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            blocks[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    token_ids = torch.randint(0, config.vocab_size, (B, T))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            logits = model(token_ids, document_ids=document_ids)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), token_ids.flatten())
+    return sum(blocks.values()) - 4 * B * T * V
+
+
+VARIANTS = [
+    ("classic", {}),
+    ("classic", {"dropout": 0.0}),
+    ("classic", {"dropout": 0.0, "positions": "learned", "bias": True, "activation": "gelu_tanh"}),
+    ("classic", {"dropout": 0.0, "activation": "relu", "positions": "none"}),
+    ("classic", {"dropout": 0.0, "activation": "relu_squared", "positions": "sinusoidal"}),
+    ("classic", {"dropout": 0.0, "sliding_window": 8}),
+    ("classic", {"dropout": 0.0, "attention": "reference"}),
+    ("classic", {"attention": "reference"}),
+    ("classic", {"tie_weights": False, "num_kv_heads": 1, "head_dim": 6, "dropout": 0.0}),
+    ("modern", {}),
+    ("modern", {"dropout": 0.2}),
+    ("modern", {"activation": "geglu", "positions": "none"}),
+    ("modern", {"qk_norm": False, "num_heads": 5, "num_kv_heads": 5}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("preset", "settings"), VARIANTS, ids=str)
+def test_activations_are_those_that_autograd_keeps(preset, settings, dtype):
+    config = model_config(preset, **settings)
+    estimate = activation_bytes(config, batch_size=B, context=T, bytes_per_number=4 if dtype is None else 2)
+    assert estimate == pytest.approx(bytes_saved_for_backward(config, dtype=dtype), rel=TOLERANCE)
+
+
+def test_a_document_mask_costs_a_matrix_a_layer():
+    config = model_config("classic", dropout=0.0)
+    document_ids = torch.zeros((B, T), dtype=torch.long)
+    saved = bytes_saved_for_backward(config, document_ids=document_ids)
+    assert activation_bytes(config, batch_size=B, context=T, document_mask=True) == pytest.approx(saved, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("preset", ["classic", "modern"])
+def test_checkpointing_keeps_the_inputs_of_blocks_and_one_block(preset):
+    config = model_config(preset)
+    whole = activation_bytes(config, batch_size=B, context=T)
+    less = activation_bytes(config, batch_size=B, context=T, activation_checkpointing=True)
+    assert 3 * 4 * B * T * 40 < less < whole
+
+
+@pytest.mark.parametrize("settings", [settings for _, settings in VARIANTS], ids=str)
+@pytest.mark.parametrize("preset", ["classic", "modern"])
+def test_counts_and_bytes_are_those_of_the_model(preset, settings):
+    config = model_config(preset, **settings)
+    parameters = list(TransformerModel(config).parameters())
+    assert count_parameters(config).total == sum(parameter.numel() for parameter in parameters)
+    assert weight_bytes(config) == sum(parameter.nbytes for parameter in parameters)
+
+
+def test_the_peak_has_activations_or_gradients_but_not_both_unless_gradients_are_accumulated():
+    config = model_config("classic")
+    once = training_bytes(config, batch_size=B, context=T)
+    assert once.peak == once.weights + once.optimizer + once.activations + once.logits
+    assert once.logits == logits_bytes(config, batch_size=B, context=T) == 4 * 4 * B * T * V
+    several = training_bytes(config, batch_size=B, context=T, gradient_accumulation_steps=2)
+    assert several.peak == once.peak + once.gradients
+    little = training_bytes(config, batch_size=1, context=1)
+    assert little.peak == little.state

@@ -1,0 +1,109 @@
+"""Real processes: what they answer to signals and to a disk that is full."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sheepop.training.checkpoint import find_resume, read_state
+from sheepop.training.verify import compare_runs
+
+SETTINGS = {"training.max_steps": 3000, "training.save_interval": 50, "training.sample_tokens": 0}
+
+
+def start(run, config, *options):
+    command = ["train", "--config", config, "--output", run, *options]
+    return subprocess.Popen(
+        [sys.executable, "-m", "sheepop", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_step(run, step, process):
+    metrics = run / "metrics.jsonl"
+    for _ in range(6000):
+        if metrics.exists() and metrics.read_bytes().count(b'"train"') >= step:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.fixture
+def config(tmp_path, train_in):
+    """The settings of a run that does not end by itself within this test."""
+    run = train_in(tmp_path / "settings", **SETTINGS | {"training.max_steps": 1, "training.warmup_steps": 0})
+    settings = json.loads((run / "config.json").read_text())
+    settings["training"] |= {"max_steps": 3000, "eval_interval": 100}
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves_with_its_status(tmp_path, config, number, status):
+    process = start(tmp_path / "run", config)
+    wait_for_step(tmp_path / "run", 5, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert "--resume auto" in errors
+    assert "Traceback" not in errors
+    state = read_state(find_resume(tmp_path / "run", "auto"))
+    assert f"after step {state.step} of 3000" in errors
+
+
+def test_a_second_signal_leaves_at_once(tmp_path, config):
+    # A step of many micro-batches and a validation over and over: the first signal may take its time.
+    process = start(tmp_path / "run", config)
+    wait_for_step(tmp_path / "run", 5, process)
+    process.send_signal(signal.SIGSTOP)  # so that both wait for it
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    deadline = time.monotonic() + 30
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.001)
+    assert process.returncode in (-signal.SIGTERM, 143)  # by the second signal, or by the first if it was quicker
+    found = find_resume(tmp_path / "run", "auto") if list((tmp_path / "run").glob("checkpoint_*")) else None
+    assert found is None or read_state(found).step >= 5
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of two megabytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system; errors are injected in test_checkpoint.py")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+def test_a_disk_that_is_full_ends_with_status_6_and_the_run_goes_on_with_more_room(tmp_path, train_in, small_disk):
+    settings = {"training.max_steps": 8, "training.save_interval": 1, "training.keep_last": 3, "model.dropout": 0.1}
+    straight = train_in(tmp_path / "straight", **settings)
+    run = small_disk / "run"
+    seen = set()
+    for kilobytes in range(40, 2000, 250):  # so the disk is full at another write each time
+        filler = small_disk / "filler"
+        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+        filler.write_bytes(bytes(max(0, free - kilobytes * 1000)))
+        process = start(run, straight / "config.json", "--resume", "auto")
+        _, errors = process.communicate(timeout=120)
+        filler.unlink()
+        if process.returncode == 0:
+            break
+        assert process.returncode == 6, errors
+        assert "Traceback" not in errors
+        checkpoint = find_resume(run, "auto")
+        assert not list(run.glob(".checkpoint_*"))
+        seen.add(checkpoint and checkpoint.name)
+    assert process.returncode == 0
+    assert len(seen) > 1  # full before the first checkpoint, and after one
+    assert all(row["equal"] == row["count"] for row in compare_runs(straight, run))

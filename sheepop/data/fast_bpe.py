@@ -5,19 +5,21 @@ instructions. What it cannot be relied on for goes to the general library: see `
 """
 
 import json
-import unicodedata
-from functools import cache
+import resource
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sheepop.data.characters import UNASSIGNED, character_classes
 from sheepop.data.tokenizer_parts import CL100K, O200K, splitting_pattern
 
-NUM_CODE_POINTS = 0x110000
-# The engine never forgets a word. Made anew after this many characters, in a fifth of a second, it holds some 60 MB
-# after English novels, and 380 MB after words drawn at random, which are all different.
+# The engine never forgets a word, and making it anew takes a fifth of a second. After this many characters it holds
+# some 60 MB of English novels, which is all there will be, and 380 MB of words drawn at random, which are all
+# different: then the memory of the process has grown, and it is made anew.
 CHARACTERS_KEPT = 64_000_000
+GROWTH_KEPT = 150_000_000  # bytes
 # How the engine names the patterns that it knows, where that is not the pattern itself.
 ENGINE_PATTERNS = {
     CL100K: r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
@@ -36,14 +38,14 @@ class FastBpe:
     def __reduce__(self) -> tuple[type["FastBpe"], tuple[str]]:
         return FastBpe, (self._layout_json,)
 
-    def encode(self, text: str) -> NDArray[np.uint32]:
-        """Return the token ids of a text on the calling thread's core; the text has no unassigned code points.
+    def encode(self, text: str | bytes) -> NDArray[np.uint32]:
+        """Return the token ids of a text, or of UTF-8, on the calling thread's core; it has no unassigned code points.
 
         Raises:
             TypeError: the text holds half of a surrogate pair.
         """
         if self._characters > CHARACTERS_KEPT:
-            self._renew()
+            self._renew_if_grown()
         self._characters += len(text)
         ids: NDArray[np.uint32] = self._encoder.encode(text)
         return ids
@@ -52,7 +54,22 @@ class FastBpe:
         from gigatoken import Tokenizer as Gigatoken
 
         self._encoder = Gigatoken.from_json(self._layout_json)
+        self._characters, self._memory = 0, memory_in_use()
+
+    def _renew_if_grown(self) -> None:
+        memory = memory_in_use()
+        if memory is None or self._memory is None or memory - self._memory > GROWTH_KEPT:
+            self._renew()
         self._characters = 0
+
+
+def memory_in_use() -> int | None:
+    """Return the bytes of memory that this process has at present; None where the system does not say."""
+    try:
+        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return resident_pages * resource.getpagesize()
 
 
 def fast_bpe(layout: dict[str, Any]) -> FastBpe | None:
@@ -98,10 +115,4 @@ def has_unassigned(text: str) -> bool:
     if text.isascii():
         return False
     code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    return bool(_unassigned().take(code_points).any())
-
-
-@cache
-def _unassigned() -> NDArray[np.bool_]:
-    categories = (unicodedata.category(chr(code_point)) == "Cn" for code_point in range(NUM_CODE_POINTS))
-    return np.fromiter(categories, dtype=np.bool_, count=NUM_CODE_POINTS)
+    return bool((character_classes(code_points) & UNASSIGNED).any())

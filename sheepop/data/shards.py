@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sheepop.data.corpus import SPLITS
-from sheepop.data.gather import Part, read_texts
+from sheepop.data.gather import Part, read_raw
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.utils.errors import DataError
 from sheepop.utils.files import read_json, write_json
 
 ENCODE_AT_ONCE = 1_000_000  # characters
+WRITE_AT_ONCE = 500  # arrays of token ids
 
 
 @dataclass
@@ -30,8 +31,13 @@ class Counts:
     characters: int = 0
     words: int = 0
 
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*(ours + theirs for ours, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+    def add(self, other: "Counts", copies: int = 1) -> None:
+        """Add what something holds that stands here `copies` times."""
+        self.tokens += copies * other.tokens
+        self.documents += copies * other.documents
+        self.bytes += copies * other.bytes
+        self.characters += copies * other.characters
+        self.words += copies * other.words
 
 
 @dataclass(frozen=True)
@@ -75,24 +81,39 @@ def encode_part(task: EncodeTask) -> None:
     dtype = np.dtype(task.dtype).newbyteorder("<")
     end_of_text = np.array([tokenizer.end_of_text_id], dtype=dtype)
     index = np.load(task.part.index)
-    words = index["words"]
+    words, characters, has_unassigned = (index[name].tolist() for name in ("words", "characters", "has_unassigned"))
+    part_bytes = int(index["bytes"].sum())
     counts = {split: Counts() for split in SPLITS}
     files = {split: task.part.text.with_suffix(f".{split}.bin").open("wb") for split in SPLITS}
+    waiting: dict[str, list[NDArray[Any]]] = {split: [] for split in SPLITS}
+
+    def take(split: str, ids: NDArray[Any], counted: Counts) -> None:
+        copies = int(task.copies[number])
+        waiting[split] += [end_of_text, ids] * copies
+        counts[split].add(counted, copies)
+        if len(waiting[split]) > WRITE_AT_ONCE:
+            write(split)
+
+    def write(split: str) -> None:
+        if waiting[split]:
+            np.concatenate(waiting[split], dtype=dtype, casting="unsafe").tofile(files[split])
+            waiting[split].clear()
+
     try:
-        for number, text in read_texts(task.part, task.copies > 0):
-            for split, piece in sides_of(task, number, text):
-                whole = piece is text
-                ids = np.concatenate((end_of_text, encode(tokenizer, piece, dtype)))
-                copies = int(task.copies[number])
-                for _ in range(copies):
-                    ids.tofile(files[split])
-                counts[split] += Counts(
-                    tokens=copies * len(ids),
-                    documents=copies,
-                    bytes=copies * len(piece.encode("utf-8")),
-                    characters=copies * len(piece),
-                    words=copies * (int(words[number]) if whole else len(piece.split())),
-                )
+        for number, raw in read_raw(task.part, task.copies > 0):
+            if task.train_share is None:
+                ids = None if has_unassigned[number] else tokenizer.encode_utf8(raw, out_of=part_bytes)
+                if ids is None:
+                    ids = encode(tokenizer, raw.decode("utf-8"), dtype)
+                counted = Counts(len(ids) + 1, 1, len(raw), characters[number], words[number])
+                take("val" if task.held_out[number] else "train", ids, counted)
+                continue
+            for split, piece in sides_of(task, number, raw.decode("utf-8")):
+                ids = encode(tokenizer, piece, dtype)
+                counted = Counts(len(ids) + 1, 1, len(piece.encode("utf-8")), len(piece), len(piece.split()))
+                take(split, ids, counted)
+        for split in SPLITS:
+            write(split)
     finally:
         for file in files.values():
             file.close()
@@ -100,10 +121,8 @@ def encode_part(task: EncodeTask) -> None:
 
 
 def sides_of(task: EncodeTask, number: int, text: str) -> Iterator[tuple[str, str]]:
-    """Yield the split, or both, that a document belongs to, and what of its text."""
-    if task.train_share is None:
-        yield ("val" if task.held_out[number] else "train"), text
-        return
+    """Yield the split, or both, that a document belongs to that is cut by position, and what of its text."""
+    assert task.train_share is not None
     cut = int(len(text) * task.train_share)
     yield "train", text[:cut]
     if number == task.first_used:  # copies of the only document would repeat what is held out
@@ -133,7 +152,8 @@ def join_parts(
     counts = {split: Counts() for split in SPLITS}
     for part in parts:
         report = read_json(part.text.with_suffix(".counts.json"), DataError)
-        counts = {split: counts[split] + Counts(**report[split]) for split in SPLITS}
+        for split in SPLITS:
+            counts[split].add(Counts(**report[split]))
     sums = {}
     for split in SPLITS:
         path = folder / f"{split}.bin"

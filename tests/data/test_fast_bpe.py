@@ -165,11 +165,28 @@ def test_an_engine_made_anew_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     tokenizer = train(None)
     expected = [tokenizer.encode(text) for text in HARD]
     monkeypatch.setattr(engine_module, "CHARACTERS_KEPT", 10)
+    memory = iter(range(10**12, 10**15, engine_module.GROWTH_KEPT + 1))
+    monkeypatch.setattr(engine_module, "memory_in_use", lambda: next(memory))
     renewed: list[FastBpe] = []
     renew = FastBpe._renew
     monkeypatch.setattr(FastBpe, "_renew", lambda self: renewed.append(self) or renew(self))
     assert [tokenizer.encode(text) for text in HARD] == expected
     assert renewed
+
+
+def test_an_engine_is_made_anew_only_where_memory_grew_or_cannot_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "CHARACTERS_KEPT", 10)
+    made: list[FastBpe] = []
+    renew = FastBpe._renew
+    monkeypatch.setattr(FastBpe, "_renew", lambda self: made.append(self) or renew(self))
+    for memory in (10**9, None):
+        monkeypatch.setattr(engine_module, "memory_in_use", lambda memory=memory: memory)
+        engine = fast_bpe(train(None)._layout)
+        assert engine is not None
+        made.clear()
+        for _ in range(3):
+            engine.encode("a good king is dead")
+        assert bool(made) == (memory is None)
 
 
 def test_a_tokenizer_goes_to_another_process() -> None:

@@ -118,11 +118,8 @@ class Batch:
         found |= self._has(np.sort(last[is_blank]))
         if b"\x7f" in self.raw:
             found |= self._has(np.flatnonzero(self._bytes == 0x7F))
-        at = self.raw.find(b"\n\n\n\n")
-        while at >= 0:
-            number = int(np.searchsorted(self.ends, at, side="right"))
-            found[number] = True
-            at = self.raw.find(b"\n\n\n\n", int(self.ends[number]))
+        newlines = places[is_newline]
+        found |= self._has(newlines[:-3][newlines[3:] - newlines[:-3] == 3])
         return found
 
     def long_lines(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:

@@ -6,6 +6,7 @@ instructions. What it cannot be relied on for goes to the general library: see `
 
 import json
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from sheepop.data.tokenizer_parts import CL100K, O200K, splitting_pattern
 # different: then the memory of the process has grown, and it is made anew.
 CHARACTERS_KEPT = 64_000_000
 GROWTH_KEPT = 150_000_000  # bytes
+# Stands between documents that are encoded in one call. It is no character, so no text that the engine is given has it.
+SEPARATOR = "\uffff"
 # How the engine names the patterns that it knows, where that is not the pattern itself.
 ENGINE_PATTERNS = {
     CL100K: r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
@@ -29,14 +32,17 @@ ENGINE_PATTERNS = {
 
 
 class FastBpe:
-    """The engine for one `tokenizer.json`; made by `fast_bpe`. It can be pickled, without the words it has seen."""
+    """The engine for one `tokenizer.json`; made by `fast_bpe`. It can be pickled, without the words it has seen.
 
-    def __init__(self, layout_json: str) -> None:
-        self._layout_json = layout_json
+    `separator_id` is what it gives for SEPARATOR.
+    """
+
+    def __init__(self, layout_json: str, separator_id: int) -> None:
+        self._layout_json, self.separator_id = layout_json, separator_id
         self._renew()
 
-    def __reduce__(self) -> tuple[type["FastBpe"], tuple[str]]:
-        return FastBpe, (self._layout_json,)
+    def __reduce__(self) -> tuple[type["FastBpe"], tuple[str, int]]:
+        return FastBpe, (self._layout_json, self.separator_id)
 
     def encode(self, text: str | bytes) -> NDArray[np.uint32]:
         """Return the token ids of a text, or of UTF-8, on the calling thread's core; it has no unassigned code points.
@@ -49,6 +55,11 @@ class FastBpe:
         self._characters += len(text)
         ids: NDArray[np.uint32] = self._encoder.encode(text)
         return ids
+
+    def encode_documents(self, documents: Sequence[bytes]) -> NDArray[np.uint32]:
+        """Return the token ids of documents in UTF-8, each behind `separator_id`, as `encode` gives them one by one."""
+        mark = SEPARATOR.encode("utf-8")
+        return self.encode(mark + mark.join(documents))
 
     def _renew(self) -> None:
         from gigatoken import Tokenizer as Gigatoken
@@ -91,13 +102,16 @@ def fast_bpe(layout: dict[str, Any]) -> FastBpe | None:
     if not is_known:
         return None
     # Special tokens are left out, because the engine would find their names in plain text.
-    layout = {**layout, "added_tokens": [], "post_processor": None}
+    separator_id = 1 + max([*model["vocab"].values(), *(added["id"] for added in layout["added_tokens"])])
+    separator = {"id": separator_id, "content": SEPARATOR, "special": True}
+    separator |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    layout = {**layout, "added_tokens": [separator], "post_processor": None}
     if pattern in ENGINE_PATTERNS:
         split, as_bytes = layout["pre_tokenizer"]["pretokenizers"]
         split = {**split, "pattern": {"Regex": ENGINE_PATTERNS[pattern]}}
         layout["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, as_bytes]}
     try:
-        return FastBpe(json.dumps(layout))
+        return FastBpe(json.dumps(layout), separator_id)
     except ImportError:
         return None
     except Exception:  # the library raises bare Exceptions for what it does not support, such as missing bytes

@@ -1,27 +1,17 @@
 """Whether what is held out also stands in what is trained on, line by line."""
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from sheepop.data.gather import Part
 
 
-@dataclass(frozen=True)
-class LinesTask:
-    """The documents of a part whose lines are looked at."""
-
-    part: Part
-    wanted: NDArray[np.bool_]
-
-
-def lines_of_part(task: LinesTask) -> NDArray[np.uint64]:
+def lines_of_part(part: Part, wanted: NDArray[np.bool_]) -> NDArray[np.uint64]:
     """Return the sorted distinct hashes of the wanted documents' long lines, see `Batch.long_lines`."""
-    if not task.wanted.any():
+    if not wanted.any():
         return np.zeros(0, np.uint64)
-    index = np.load(task.part.index)
-    return np.unique(index["lines"][task.wanted[index["line_documents"]]])
+    index = np.load(part.index)
+    return np.unique(index["lines"][wanted[index["line_documents"]]])
 
 
 def seen_in(lines: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bool_]:

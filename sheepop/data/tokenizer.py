@@ -168,11 +168,11 @@ class Tokenizer:
             raise DataError(surrogate_message([text])) from error
         return np.concatenate(pieces)
 
-    def encode_utf8(self, raw: bytes, *, out_of: int) -> NDArray[np.uint32] | None:
-        """Return the token ids of a text in UTF-8 as `encode_array` does, without decoding it: (num_tokens,).
+    def encode_documents(self, documents: Sequence[bytes], *, out_of: int) -> NDArray[np.uint32] | None:
+        """Return the token ids of documents, each behind the end-of-text token, in one call: (num_tokens,).
 
         Args:
-            raw: the text, which `has_unassigned` must be false of.
+            documents: in UTF-8, none of which `has_unassigned`.
             out_of: bytes of all that is going to be encoded, from which follows whether the fast engine is worth it.
 
         Returns:
@@ -180,7 +180,9 @@ class Tokenizer:
         """
         if self._characters_encoded + out_of < CHARACTERS_BEFORE_FAST or self._fast is None:
             return None
-        return self._fast.encode(raw)
+        ids = self._fast.encode_documents(documents)
+        ids[ids == self._fast.separator_id] = self.end_of_text_id
+        return ids
 
     def _encode_slowly(self, texts: Sequence[str]) -> list[list[int]]:
         self._characters_encoded += sum(map(len, texts))

@@ -189,6 +189,18 @@ def test_an_engine_is_made_anew_only_where_memory_grew_or_cannot_be_known(monkey
         assert bool(made) == (memory is None)
 
 
+def test_documents_in_one_call_are_encoded_as_each_by_itself() -> None:
+    tokenizer = train(None)
+    texts = [text for text in HARD if text and not has_unassigned(text)]
+    texts += [f"{end}{begin}" for begin in ("a", " ", "\n", "'s", "é") for end in ("", "x", "\n ", " '")]
+    found = tokenizer.encode_documents([text.encode() for text in texts], out_of=10**6)
+    assert found is not None
+    assert found.tolist() == [
+        token for text in texts for token in (tokenizer.end_of_text_id, *general(tokenizer)(text))
+    ]
+    assert train(WORDS).encode_documents([b"a"], out_of=10**6) is None
+
+
 def test_a_tokenizer_goes_to_another_process() -> None:
     tokenizer = train(None)
     expected = tokenizer.encode(TEXTS[0])

@@ -175,7 +175,7 @@ def test_with_more_files_only_these_are_worked_on(
         texts.append(text)
         return encode(tokenizer, text, dtype)
 
-    monkeypatch.setattr(Tokenizer, "encode_utf8", lambda *_, **__: None)  # the way that is counted
+    monkeypatch.setattr(Tokenizer, "encode_documents", lambda *_, **__: None)  # the way that is counted
     monkeypatch.setattr("sheepop.data.shards.encode", counting)
     grown = prepare([library], tmp_path / "out", **settings)
     assert 2 <= len(texts) < 150

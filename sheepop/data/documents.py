@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,6 +23,7 @@ from sheepop.data.records import (
 )
 from sheepop.data.splitting import split_at, split_stream, split_utf8
 from sheepop.utils.errors import ChangedError, DataError
+from sheepop.utils.files import read_json
 from sheepop.utils.logging import log, warn
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
 
 # A folder with all of these is a prepared corpus: its files are made from text, and are not text to read.
 PREPARED_FILES = frozenset({"manifest.json", "tokenizer.json", "train.bin"})
+RECORD_KEYS = frozenset({"corpus", "licence", "sha256"})  # of the record beside a downloaded corpus, among others
 MAX_LISTED = 20
 
 
@@ -78,10 +80,10 @@ def list_files(
 ) -> list[Path]:
     """Return the files that the sources name, each once, folders searched recursively in sorted order.
 
-    Hidden files and folders and prepared corpora are left out, and links to folders are not followed, so loops end.
-    Patterns like `*.md` or `notes/*` are compared with the path inside of the source and with the file's name; those of
-    `exclude` also with each folder on the way. Folders that cannot be opened are appended to `unreadable` with the
-    reason, or without such a list warned of.
+    Hidden files and folders, prepared corpora and the records of downloaded ones are left out, and links to folders are
+    not followed, so loops end. Patterns like `*.md` or `notes/*` are compared with the path inside of the source and
+    with the file's name; those of `exclude` also with each folder on the way. Folders that cannot be opened are
+    appended to `unreadable` with the reason, or without such a list warned of.
 
     Raises:
         DataError: a source does not exist or cannot be opened, or there is no file in any of them.
@@ -228,6 +230,7 @@ def _files_in(
         if set(names) >= PREPARED_FILES:
             folders.clear()
             continue
+        neighbours = {*names, *folders}
         inside = Path(folder).relative_to(source)
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and not _matches((inside / name).as_posix(), exclude)
@@ -235,8 +238,19 @@ def _files_in(
         for name in sorted(names):
             path = Path(folder) / name
             wanted = not name.startswith(".") and _is_wanted((inside / name).as_posix(), include, exclude)
-            if wanted and path.is_file():
+            if wanted and path.is_file() and not _is_record(path, neighbours):
                 yield path
+
+
+def _is_record(path: Path, neighbours: Set[str]) -> bool:
+    """Say whether a file is what `sheepop download` notes beside the text or the folder that it writes."""
+    if path.suffix != ".json" or not neighbours & {path.stem, f"{path.stem}.txt"}:
+        return False
+    try:
+        record = read_json(path, DataError)
+    except DataError:
+        return False
+    return record.keys() >= RECORD_KEYS
 
 
 def _is_wanted(relative: str, include: Sequence[str], exclude: Sequence[str]) -> bool:

@@ -9,6 +9,7 @@ fewer files.
 
 import hashlib
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -289,6 +290,15 @@ class _PartWriter:
 
     def _path(self, ending: str) -> Path:
         return (self.folder / f"{self.unit}-{self.number:06d}").with_suffix(ending)
+
+
+def forget_others(units: Sequence[Unit], folder: Path) -> None:
+    """Remove what was gathered and encoded of units that are not among these: their files are gone or changed."""
+    names = {unit.name for unit in units}
+    for path in folder.iterdir():
+        unit = re.match(r"([0-9a-f]{24})[-.]", path.name)
+        if unit and unit[1] not in names:
+            path.unlink()
 
 
 def read_report(unit: Unit, folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sheepop.data.corpus import FORMAT, MANIFEST_FILE, VERSION, Corpus, is_prepared, open_corpus
 from sheepop.data.documents import list_files
 from sheepop.data.duplicates import near_duplicates
-from sheepop.data.gather import GatherSettings, read_texts, units_of
+from sheepop.data.gather import GatherSettings, forget_others, read_texts, units_of
 from sheepop.data.gathered import Gathered, gather_all
 from sheepop.data.leakage import lines_of_part, seen_in
 from sheepop.data.plan import Plan, copies_by_weight, first_occurrences, make_plan
@@ -156,6 +156,8 @@ def prepare_corpus(
                 },
             }
             write_json(folder / MANIFEST_FILE, manifest)
+        if incremental:
+            forget_others(units, work)
     corpus = open_corpus(output)
     _tell(corpus, how=plan.how)
     return corpus

@@ -20,7 +20,7 @@ from sheepop.data.tokenizer_parts import CL100K, O200K, splitting_pattern
 # some 60 MB of English novels, which is all there will be, and 380 MB of words drawn at random, which are all
 # different: then the memory of the process has grown, and it is made anew.
 CHARACTERS_KEPT = 64_000_000
-GROWTH_KEPT = 150_000_000  # bytes
+GROWTH_KEPT = 100_000_000  # bytes
 # Stands between documents that are encoded in one call. It is no character, so no text that the engine is given has it.
 SEPARATOR = "\uffff"
 # How the engine names the patterns that it knows, where that is not the pattern itself.

@@ -2,12 +2,12 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from sheepop.data.archives import MAX_DEPTH, Budget, decompressed, seekable, tar_members, zip_members
 from sheepop.data.encodings import TextStream
@@ -21,14 +21,25 @@ from sheepop.data.records import (
     texts_of_parquet,
     texts_of_records,
 )
-from sheepop.data.splitting import split_at, split_stream
+from sheepop.data.splitting import split_at, split_stream, split_utf8
 from sheepop.utils.errors import ChangedError, DataError
+from sheepop.utils.files import read_json
 from sheepop.utils.logging import log, warn
 
-__all__ = ["Document", "documents_of_file", "iter_documents", "list_files", "read_text", "split_at"]
+__all__ = [
+    "Document",
+    "RawDocument",
+    "documents_of_file",
+    "iter_documents",
+    "list_files",
+    "raw_documents_of_file",
+    "read_text",
+    "split_at",
+]
 
 # A folder with all of these is a prepared corpus: its files are made from text, and are not text to read.
 PREPARED_FILES = frozenset({"manifest.json", "tokenizer.json", "train.bin"})
+RECORD_KEYS = frozenset({"corpus", "licence", "sha256"})  # of the record beside a downloaded corpus, among others
 MAX_LISTED = 20
 
 
@@ -44,6 +55,22 @@ class Document:
     encoding: str = "utf-8"
 
 
+class RawDocument(NamedTuple):
+    """A document whose text is in UTF-8, halves of surrogate pairs (from JSON, for instance) as if they were whole.
+
+    Most text that is read is UTF-8 and has no need of being decoded, which takes longer than all else.
+    """
+
+    raw: bytes
+    source: str
+    encoding: str = "utf-8"
+
+    @property
+    def text(self) -> str:
+        """The text."""
+        return self.raw.decode("utf-8", errors="surrogatepass")
+
+
 def list_files(
     sources: Sequence[Path],
     *,
@@ -53,10 +80,10 @@ def list_files(
 ) -> list[Path]:
     """Return the files that the sources name, each once, folders searched recursively in sorted order.
 
-    Hidden files and folders and prepared corpora are left out, and links to folders are not followed, so loops end.
-    Patterns like `*.md` or `notes/*` are compared with the path inside of the source and with the file's name; those of
-    `exclude` also with each folder on the way. Folders that cannot be opened are appended to `unreadable` with the
-    reason, or without such a list warned of.
+    Hidden files and folders, prepared corpora and the records of downloaded ones are left out, and links to folders are
+    not followed, so loops end. Patterns like `*.md` or `notes/*` are compared with the path inside of the source and
+    with the file's name; those of `exclude` also with each folder on the way. Folders that cannot be opened are
+    appended to `unreadable` with the reason, or without such a list warned of.
 
     Raises:
         DataError: a source does not exist or cannot be opened, or there is no file in any of them.
@@ -82,6 +109,18 @@ def list_files(
 def documents_of_file(
     path: Path, *, separator: str | None, strict: bool = False, skipped: list[str] | None = None
 ) -> Iterator[Document]:
+    """Yield the documents of one file of any kind as `raw_documents_of_file` does, as text.
+
+    Raises:
+        DataError, ChangedError: likewise.
+    """
+    for document in raw_documents_of_file(path, separator=separator, strict=strict, skipped=skipped):
+        yield Document(document.text, document.source, document.encoding)
+
+
+def raw_documents_of_file(
+    path: Path, *, separator: str | None, strict: bool = False, skipped: list[str] | None = None
+) -> Iterator[RawDocument]:
     """Yield the documents of one file of any kind; plain text is split at `separator`, and cut where it is too long.
 
     What cannot be read inside of it (a member of an archive, a line of JSONL) is left out; the reason is appended to
@@ -191,6 +230,7 @@ def _files_in(
         if set(names) >= PREPARED_FILES:
             folders.clear()
             continue
+        neighbours = {*names, *folders}
         inside = Path(folder).relative_to(source)
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and not _matches((inside / name).as_posix(), exclude)
@@ -198,8 +238,19 @@ def _files_in(
         for name in sorted(names):
             path = Path(folder) / name
             wanted = not name.startswith(".") and _is_wanted((inside / name).as_posix(), include, exclude)
-            if wanted and path.is_file():
+            if wanted and path.is_file() and not _is_record(path, neighbours):
                 yield path
+
+
+def _is_record(path: Path, neighbours: Set[str]) -> bool:
+    """Say whether a file is what `sheepop download` notes beside the text or the folder that it writes."""
+    if path.suffix != ".json" or not neighbours & {path.stem, f"{path.stem}.txt"}:
+        return False
+    try:
+        record = read_json(path, DataError)
+    except DataError:
+        return False
+    return record.keys() >= RECORD_KEYS
 
 
 def _is_wanted(relative: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
@@ -217,7 +268,7 @@ def _matches(relative: str, patterns: Sequence[str]) -> bool:
 
 def _documents(
     name: str, source: str, stream: BinaryIO, separator: str | None, budget: Budget, report: Report, depth: int = 0
-) -> Iterator[Document]:
+) -> Iterator[RawDocument]:
     """Yield the documents of a stream of any kind; `name` is what its ending is read from."""
     head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]  # type: ignore[attr-defined]  # every stream here is buffered
     kind = kind_of(name, head)
@@ -236,15 +287,15 @@ def _documents(
             yield from _documents_of_members(tar_members(stream, source), source, separator, budget, report, depth)
     elif kind == "text":
         text = TextStream(stream, source)
-        for piece in split_stream(text, separator, source):
-            yield Document(piece, source, text.encoding)
+        for raw in split_utf8(text.in_utf8(), separator, source):
+            yield RawDocument(raw, source, text.encoding)
     elif kind == "xml":
         for piece in split_stream(texts_of_xml(stream, source), separator, source):
-            yield Document(piece, source)
+            yield RawDocument(_to_utf8(piece), source)
     else:
         for whole, encoding in _texts(kind, name, source, stream, head, report):
             for piece in split_at(whole, separator):
-                yield Document(piece, source, encoding)
+                yield RawDocument(_to_utf8(piece), source, encoding)
 
 
 def _documents_of_members(
@@ -254,7 +305,7 @@ def _documents_of_members(
     budget: Budget,
     report: Report,
     depth: int,
-) -> Iterator[Document]:
+) -> Iterator[RawDocument]:
     is_readable = False
     reason = None
     for name, stream in members:
@@ -270,6 +321,10 @@ def _documents_of_members(
             reason = reason or error
     if reason and not is_readable:
         raise DataError(f"{source} holds nothing that can be read. The first reason: {reason}")
+
+
+def _to_utf8(text: str) -> bytes:
+    return text.encode("utf-8", errors="surrogatepass")
 
 
 def _texts(

@@ -44,6 +44,23 @@ class TextStream:
         self.encoding = "utf-8"
 
     def __iter__(self) -> Iterator[str]:
+        for decoder, block, offset, is_last in self._blocks():
+            yield block.decode("ascii") if decoder is None else self._decode(decoder, block, offset, is_last)
+
+    def in_utf8(self) -> Iterator[bytes]:
+        """Yield the text as UTF-8, whole characters at a time; what was UTF-8 is only looked at, not made anew."""
+        for decoder, block, offset, is_last in self._blocks():
+            if decoder is None:
+                yield block
+            elif self.encoding != "utf-8":
+                yield self._decode(decoder, block, offset, is_last).encode("utf-8")
+            else:
+                whole = decoder.getstate()[0] + block
+                self._decode(decoder, block, offset, is_last)
+                yield whole[: len(whole) - len(decoder.getstate()[0])]
+
+    def _blocks(self) -> Iterator[tuple[codecs.IncrementalDecoder | None, bytes, int, bool]]:
+        """Yield blocks of bytes with what decodes them (None: ASCII), their offset, and whether each is the last."""
         block = self.stream.read(FIRST_BLOCK_BYTES)
         mark, encoding = byte_order_mark(block)
         encoding = encoding or utf_16_without_mark(block)
@@ -64,10 +81,7 @@ class TextStream:
                 encoding = encoding or _encoding_of(block, is_last)
                 decoder = codecs.getincrementaldecoder(encoding)()
                 self.encoding = encoding
-            if decoder is None:
-                yield block.decode("ascii")
-            else:
-                yield self._decode(decoder, block, offset, is_last)
+            yield decoder, block, offset, is_last
             offset += len(block)
             block = following
 

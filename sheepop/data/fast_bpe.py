@@ -5,19 +5,24 @@ instructions. What it cannot be relied on for goes to the general library: see `
 """
 
 import json
-import unicodedata
-from functools import cache
+import resource
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sheepop.data.characters import UNASSIGNED, character_classes
 from sheepop.data.tokenizer_parts import CL100K, O200K, splitting_pattern
 
-NUM_CODE_POINTS = 0x110000
-# The engine never forgets a word. Made anew after this many characters, in a fifth of a second, it holds some 60 MB
-# after English novels, and 380 MB after words drawn at random, which are all different.
+# The engine never forgets a word, and making it anew takes a fifth of a second. After this many characters it holds
+# some 60 MB of English novels, which is all there will be, and 380 MB of words drawn at random, which are all
+# different: then the memory of the process has grown, and it is made anew.
 CHARACTERS_KEPT = 64_000_000
+GROWTH_KEPT = 100_000_000  # bytes
+# Stands between documents that are encoded in one call. It is no character, so no text that the engine is given has it.
+SEPARATOR = "\uffff"
 # How the engine names the patterns that it knows, where that is not the pattern itself.
 ENGINE_PATTERNS = {
     CL100K: r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
@@ -27,32 +32,55 @@ ENGINE_PATTERNS = {
 
 
 class FastBpe:
-    """The engine for one `tokenizer.json`; made by `fast_bpe`. It can be pickled, without the words it has seen."""
+    """The engine for one `tokenizer.json`; made by `fast_bpe`. It can be pickled, without the words it has seen.
 
-    def __init__(self, layout_json: str) -> None:
-        self._layout_json = layout_json
+    `separator_id` is what it gives for SEPARATOR.
+    """
+
+    def __init__(self, layout_json: str, separator_id: int) -> None:
+        self._layout_json, self.separator_id = layout_json, separator_id
         self._renew()
 
-    def __reduce__(self) -> tuple[type["FastBpe"], tuple[str]]:
-        return FastBpe, (self._layout_json,)
+    def __reduce__(self) -> tuple[type["FastBpe"], tuple[str, int]]:
+        return FastBpe, (self._layout_json, self.separator_id)
 
-    def encode(self, text: str) -> NDArray[np.uint32]:
-        """Return the token ids of a text on the calling thread's core; the text has no unassigned code points.
+    def encode(self, text: str | bytes) -> NDArray[np.uint32]:
+        """Return the token ids of a text, or of UTF-8, on the calling thread's core; it has no unassigned code points.
 
         Raises:
             TypeError: the text holds half of a surrogate pair.
         """
         if self._characters > CHARACTERS_KEPT:
-            self._renew()
+            self._renew_if_grown()
         self._characters += len(text)
         ids: NDArray[np.uint32] = self._encoder.encode(text)
         return ids
+
+    def encode_documents(self, documents: Sequence[bytes]) -> NDArray[np.uint32]:
+        """Return the token ids of documents in UTF-8, each behind `separator_id`, as `encode` gives them one by one."""
+        mark = SEPARATOR.encode("utf-8")
+        return self.encode(mark + mark.join(documents))
 
     def _renew(self) -> None:
         from gigatoken import Tokenizer as Gigatoken
 
         self._encoder = Gigatoken.from_json(self._layout_json)
+        self._characters, self._memory = 0, memory_in_use()
+
+    def _renew_if_grown(self) -> None:
+        memory = memory_in_use()
+        if memory is None or self._memory is None or memory - self._memory > GROWTH_KEPT:
+            self._renew()
         self._characters = 0
+
+
+def memory_in_use() -> int | None:
+    """Return the bytes of memory that this process has at present; None where the system does not say."""
+    try:
+        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return resident_pages * resource.getpagesize()
 
 
 def fast_bpe(layout: dict[str, Any]) -> FastBpe | None:
@@ -74,13 +102,16 @@ def fast_bpe(layout: dict[str, Any]) -> FastBpe | None:
     if not is_known:
         return None
     # Special tokens are left out, because the engine would find their names in plain text.
-    layout = {**layout, "added_tokens": [], "post_processor": None}
+    separator_id = 1 + max([*model["vocab"].values(), *(added["id"] for added in layout["added_tokens"])])
+    separator = {"id": separator_id, "content": SEPARATOR, "special": True}
+    separator |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    layout = {**layout, "added_tokens": [separator], "post_processor": None}
     if pattern in ENGINE_PATTERNS:
         split, as_bytes = layout["pre_tokenizer"]["pretokenizers"]
         split = {**split, "pattern": {"Regex": ENGINE_PATTERNS[pattern]}}
         layout["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, as_bytes]}
     try:
-        return FastBpe(json.dumps(layout))
+        return FastBpe(json.dumps(layout), separator_id)
     except ImportError:
         return None
     except Exception:  # the library raises bare Exceptions for what it does not support, such as missing bytes
@@ -98,10 +129,4 @@ def has_unassigned(text: str) -> bool:
     if text.isascii():
         return False
     code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    return bool(_unassigned().take(code_points).any())
-
-
-@cache
-def _unassigned() -> NDArray[np.bool_]:
-    categories = (unicodedata.category(chr(code_point)) == "Cn" for code_point in range(NUM_CODE_POINTS))
-    return np.fromiter(categories, dtype=np.bool_, count=NUM_CODE_POINTS)
+    return bool((character_classes(code_points) & UNASSIGNED).any())

@@ -1,24 +1,28 @@
 """Files → cleaned documents in a working folder, in parts that fit into memory.
 
 A unit is a run of neighbouring files, read by one worker; what it yields is cut into parts. A part is a file of texts
-behind each other and an `.npz` of one entry a document. A unit is named for all that its content follows from, and its
+behind each other and an `.npz` of one entry a document, and of the lines that leakage is looked for by, so that nothing
+but encoding reads the texts again. A unit is named for all that its content follows from, and its
 `.json` is written last: where that stands, the work is done, by this run, by one that was killed, or by one that had
 fewer files.
 """
 
 import hashlib
+import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sheepop.data.batch import Batch
 from sheepop.data.cleaning import Cleaning, clean
-from sheepop.data.documents import Document, documents_of_file
-from sheepop.data.duplicates import content_hash, minhash_signature
+from sheepop.data.documents import RawDocument, raw_documents_of_file
+from sheepop.data.duplicates import minhash_signature
 from sheepop.data.filters import FilterSettings, reason_to_drop
 from sheepop.data.pii import replace_pii
 from sheepop.utils.errors import ChangedError, DataError
@@ -26,8 +30,9 @@ from sheepop.utils.files import read_json, sha256_of_file, to_json, write_json
 
 UNIT_BYTES = 16_000_000  # of files that one worker reads
 PART_BYTES = 16_000_000  # of text that one worker encodes
+BATCH_BYTES = 1_000_000  # of text that is looked at together: as much as a core's cache holds
 FILES_A_UNIT = 64  # on average, where files are small
-GATHER_VERSION = 1  # to be raised when the same files and settings give other documents
+GATHER_VERSION = 2  # to be raised when the same files and settings give other documents or parts
 EXAMPLES = 3  # of what each filter dropped
 EXAMPLE_CHARACTERS = 120
 
@@ -148,20 +153,27 @@ def gather(unit: Unit, folder: Path, settings: GatherSettings) -> None:
     skipped: list[str] = []
     dropped: dict[str, Dropped] = {}
     encodings: dict[str, int] = {}
-    parts = _PartWriter(folder, unit.name)
+    parts = _PartWriter(folder, unit.name, settings.find_near_duplicates)
+    waiting: list[RawDocument] = []
+    waiting_bytes = 0
+
+    def take() -> None:
+        nonlocal waiting, waiting_bytes
+        if waiting:
+            parts.add(*_clean_and_filter(waiting, settings, dropped))
+        waiting, waiting_bytes = [], 0
+
     for path in unit.paths:
         try:
-            documents = documents_of_file(path, separator=settings.separator, strict=settings.strict, skipped=skipped)
+            documents = raw_documents_of_file(
+                path, separator=settings.separator, strict=settings.strict, skipped=skipped
+            )
             for document in documents:
                 encodings[document.encoding] = encodings.get(document.encoding, 0) + 1
-                text = clean(document.text, settings.cleaning)
-                if settings.filters.pii == "replace":
-                    text = replace_pii(text)
-                reason = _reason_to_drop(text, settings.filters)
-                if reason:
-                    dropped.setdefault(reason, Dropped()).add(document.text, document.source)
-                else:
-                    parts.add(Document(text, document.source), settings.find_near_duplicates)
+                waiting.append(document)
+                waiting_bytes += len(document.raw)
+                if waiting_bytes >= min(BATCH_BYTES, PART_BYTES):
+                    take()
             files.append({"path": str(path), "bytes": path.stat().st_size, "sha256": sha256_of_file(path)})
         except FileNotFoundError:
             raise ChangedError(f"{path} went away while it was read. Run the command again.") from None
@@ -171,6 +183,7 @@ def gather(unit: Unit, folder: Path, settings: GatherSettings) -> None:
             if unit.named or settings.strict:
                 raise
             skipped.append(str(error))
+    take()
     parts.close()
     write_json(
         report,
@@ -185,6 +198,38 @@ def gather(unit: Unit, folder: Path, settings: GatherSettings) -> None:
     )
 
 
+def _clean_and_filter(
+    documents: Sequence[RawDocument], settings: GatherSettings, dropped: dict[str, Dropped]
+) -> tuple[Sequence[RawDocument], Batch]:
+    """Return the documents as they go on, also as a batch; what needs neither cleaning nor filters is never decoded.
+
+    None of the given ones is empty.
+    """
+    batch = Batch.of([document.raw for document in documents])
+    if settings.cleaning == "repair" or settings.filters != FilterSettings():
+        is_unusual = np.ones(len(documents), dtype=bool)
+    else:
+        is_unusual = batch.has_surrogates()
+        if settings.cleaning == "standard":
+            is_unusual |= batch.may_need_cleaning()
+    if not is_unusual.any():
+        return documents, batch
+    kept = []
+    for document, unusual in zip(documents, is_unusual.tolist(), strict=True):
+        if not unusual:
+            kept.append(document)
+            continue
+        text = clean(document.text, settings.cleaning)
+        if settings.filters.pii == "replace":
+            text = replace_pii(text)
+        reason = _reason_to_drop(text, settings.filters)
+        if reason:
+            dropped.setdefault(reason, Dropped()).add(document.text, document.source)
+        else:
+            kept.append(document._replace(raw=text.encode("utf-8")))
+    return kept, Batch.of([document.raw for document in kept])
+
+
 def _reason_to_drop(text: str, filters: FilterSettings) -> str | None:
     if not text.strip():
         return "empty"
@@ -196,41 +241,64 @@ def _reason_to_drop(text: str, filters: FilterSettings) -> str | None:
 
 
 class _PartWriter:
-    """Texts into files of about `PART_BYTES`."""
+    """Texts into files of about `PART_BYTES`, what is known of each document beside them."""
 
-    def __init__(self, folder: Path, unit: str) -> None:
-        self.folder, self.unit, self.number = folder, unit, 0
-        self._texts: list[bytes] = []
+    def __init__(self, folder: Path, unit: str, with_signatures: bool) -> None:
+        self.folder, self.unit, self.number, self.with_signatures = folder, unit, 0, with_signatures
         self.names: dict[str, int] = {}  # where documents come from, numbered
-        self._entries: list[tuple[int, int, int, int, int]] = []
-        self._signatures: list[NDArray[np.uint32]] = []
-        self._waiting = 0
+        self._file: BinaryIO | None = None
+        self._columns: dict[str, list[NDArray[Any]]] = {}
+        self._bytes = self._documents = 0
 
-    def add(self, document: Document, with_signature: bool) -> None:
-        raw = document.text.encode("utf-8")
-        self._texts.append(raw)
-        self._waiting += len(raw)
-        words = len(document.text.split())
-        name = self.names.setdefault(document.source, len(self.names))
-        self._entries.append((len(raw), len(document.text), words, content_hash(document.text), name))
-        if with_signature:
-            self._signatures.append(minhash_signature(document.text))
-        if self._waiting >= PART_BYTES:
+    def add(self, documents: Sequence[RawDocument], batch: Batch) -> None:
+        """Write documents, given as a batch too, and close the part when it is full."""
+        if not documents:
+            return
+        names = [self.names.setdefault(document.source, len(self.names)) for document in documents]
+        lines, line_documents = batch.long_lines()
+        columns: dict[str, NDArray[Any]] = {
+            "bytes": batch.ends - batch.begins,
+            "characters": batch.characters(),
+            "words": batch.words(),
+            "hashes": batch.hashes(),
+            "has_unassigned": batch.has_unassigned(),
+            "names": np.array(names),
+            "lines": lines,
+            "line_documents": line_documents + self._documents,
+        }
+        if self.with_signatures:
+            columns["signatures"] = np.stack([minhash_signature(document.text) for document in documents])
+        for name, column in columns.items():
+            self._columns.setdefault(name, []).append(column)
+        if self._file is None:
+            self._file = self._path(".text").open("wb")
+        self._file.write(batch.raw)
+        self._bytes += len(batch.raw)
+        self._documents += len(documents)
+        if self._bytes >= PART_BYTES:
             self.close()
 
     def close(self) -> None:
-        if not self._entries:
+        """End the part that is begun, if any."""
+        if self._file is None:
             return
-        name = self.folder / f"{self.unit}-{self.number:06d}"
-        with name.with_suffix(".text").open("wb") as file:
-            file.writelines(self._texts)
-        entries = np.array(self._entries, dtype=np.uint64)
-        arrays = dict(zip(("bytes", "characters", "words", "hashes", "names"), entries.T, strict=True))
-        if self._signatures:
-            arrays["signatures"] = np.stack(self._signatures)
-        np.savez(name.with_suffix(".npz"), **arrays)
+        self._file.close()
+        arrays: dict[str, Any] = {name: np.concatenate(columns) for name, columns in self._columns.items()}
+        np.savez(self._path(".npz"), **arrays)
         self.number += 1
-        self._texts, self._entries, self._signatures, self._waiting = [], [], [], 0
+        self._file, self._columns, self._bytes, self._documents = None, {}, 0, 0
+
+    def _path(self, ending: str) -> Path:
+        return (self.folder / f"{self.unit}-{self.number:06d}").with_suffix(ending)
+
+
+def forget_others(units: Sequence[Unit], folder: Path) -> None:
+    """Remove what was gathered and encoded of units that are not among these: their files are gone or changed."""
+    names = {unit.name for unit in units}
+    for path in folder.iterdir():
+        unit = re.match(r"([0-9a-f]{24})[-.]", path.name)
+        if unit and unit[1] not in names:
+            path.unlink()
 
 
 def read_report(unit: Unit, folder: Path) -> dict[str, Any]:
@@ -253,10 +321,19 @@ def read_names(part: Part) -> list[str]:
 
 def read_texts(part: Part, wanted: NDArray[np.bool_] | None = None) -> Iterator[tuple[int, str]]:
     """Yield the number and text of a part's documents, all or those that are wanted."""
-    sizes = np.load(part.index)["bytes"].astype(np.int64)
+    for number, raw in read_raw(part, wanted):
+        yield number, raw.decode("utf-8")
+
+
+def read_raw(part: Part, wanted: NDArray[np.bool_] | None = None) -> Iterator[tuple[int, bytes]]:
+    """Yield the number and UTF-8 of a part's documents, all or those that are wanted."""
+    sizes = np.load(part.index)["bytes"]
     ends = np.cumsum(sizes)
-    with part.text.open("rb") as file:
+    with part.text.open("rb", buffering=BATCH_BYTES) as file:
+        at = 0
         for number, (size, end) in enumerate(zip(sizes.tolist(), ends.tolist(), strict=True)):
             if wanted is None or wanted[number]:
-                file.seek(end - size)
-                yield number, file.read(size).decode("utf-8")
+                if at != end - size:
+                    file.seek(end - size - at, os.SEEK_CUR)
+                yield number, file.read(size)
+                at = end

@@ -1,43 +1,17 @@
 """Whether what is held out also stands in what is trained on, line by line."""
 
-import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
-from sheepop.data.gather import Part, read_texts
-
-# Shorter lines recur by chance; one length in eight keeps the search cheap and does not depend on the side.
-LONG_LINE = 60
-EVERY, WHICH = 8, 3
+from sheepop.data.gather import Part
 
 
-def line_hashes(texts: Iterable[str]) -> NDArray[np.uint64]:
-    """Return the sorted distinct hashes of the long lines that leakage is looked for by."""
-    digests = {
-        hashlib.blake2b(line.encode("utf-8"), digest_size=8).digest()
-        for text in texts
-        for line in text.split("\n")
-        if len(line) >= LONG_LINE and len(line) % EVERY == WHICH
-    }
-    return np.unique(np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64))
-
-
-@dataclass(frozen=True)
-class LinesTask:
-    """The documents of a part whose lines are looked at."""
-
-    part: Part
-    wanted: NDArray[np.bool_]
-
-
-def lines_of_part(task: LinesTask) -> NDArray[np.uint64]:
-    """Return `line_hashes` of the wanted documents."""
-    if not task.wanted.any():
+def lines_of_part(part: Part, wanted: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """Return the sorted distinct hashes of the wanted documents' long lines, see `Batch.long_lines`."""
+    if not wanted.any():
         return np.zeros(0, np.uint64)
-    return line_hashes(text for _, text in read_texts(task.part, task.wanted))
+    index = np.load(part.index)
+    return np.unique(index["lines"][wanted[index["line_documents"]]])
 
 
 def seen_in(lines: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bool_]:

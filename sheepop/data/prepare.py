@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from sheepop.data.corpus import FORMAT, MANIFEST_FILE, VERSION, Corpus, is_prepared, open_corpus
 from sheepop.data.documents import list_files
 from sheepop.data.duplicates import near_duplicates
-from sheepop.data.gather import GatherSettings, read_texts, units_of
+from sheepop.data.gather import GatherSettings, forget_others, read_texts, units_of
 from sheepop.data.gathered import Gathered, gather_all
-from sheepop.data.leakage import LinesTask, lines_of_part, seen_in
+from sheepop.data.leakage import lines_of_part, seen_in
 from sheepop.data.plan import Plan, copies_by_weight, first_occurrences, make_plan
 from sheepop.data.selection import Selection
 from sheepop.data.shards import EncodeTask, encode_part, join_parts
@@ -120,7 +120,7 @@ def prepare_corpus(
         tasks = _encode_tasks(gathered, plan, work / TOKENIZER_FILE, trained.fingerprint, dtype)
         for _ in tell_progress(parallel_map(encode_part, tasks, num_workers), "encoded", len(tasks)):
             pass
-        leakage = _find_leakage(gathered, plan, num_workers)
+        leakage = _find_leakage(gathered, plan)
         with atomic_folder(output) as folder:
             counts, sums = join_parts(gathered.parts, folder, trained.end_of_text_id, dtype)
             for side, counted in counts.items():
@@ -156,6 +156,8 @@ def prepare_corpus(
                 },
             }
             write_json(folder / MANIFEST_FILE, manifest)
+        if incremental:
+            forget_others(units, work)
     corpus = open_corpus(output)
     _tell(corpus, how=plan.how)
     return corpus
@@ -226,14 +228,13 @@ def _encode_tasks(gathered: Gathered, plan: Plan, tokenizer: Path, fingerprint: 
     return tasks
 
 
-def _find_leakage(gathered: Gathered, plan: Plan, num_workers: int) -> dict[str, int] | None:
+def _find_leakage(gathered: Gathered, plan: Plan) -> dict[str, int] | None:
     """Count the long lines that are held out, and those of them that are trained on too."""
     if plan.train_share is not None:
         return None
 
     def lines(wanted: NDArray[np.bool_]) -> Iterator[NDArray[np.uint64]]:
-        tasks = [LinesTask(*pair) for pair in zip(gathered.parts, gathered.by_part(wanted), strict=True)]
-        return parallel_map(lines_of_part, tasks, num_workers)
+        return map(lines_of_part, gathered.parts, gathered.by_part(wanted))
 
     held_out = np.unique(np.concatenate(list(lines(plan.held_out))))
     seen = np.zeros(len(held_out), dtype=bool)

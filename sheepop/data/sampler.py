@@ -44,9 +44,8 @@ class Sampler:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         first = step_in_epoch * self.windows_per_step
         last = min(first + self.windows_per_step, self.num_windows) - 1
-        seed = derive_seed(self.seed, "epoch", epoch)
         numbers = range(first // PERMUTE_AT_ONCE, last // PERMUTE_AT_ONCE + 1)
-        blocks = [_permute_block(number, self.num_windows, seed) for number in numbers]
+        blocks = [_permute_block(number, self.num_windows, self.seed, epoch) for number in numbers]
         joined = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         begin = numbers[0] * PERMUTE_AT_ONCE
         return joined[first - begin : last + 1 - begin]
@@ -59,10 +58,11 @@ class Sampler:
 
 
 @lru_cache(maxsize=16)
-def _permute_block(number: int, size: int, seed: int) -> NDArray[np.int64]:
-    """Permute the `number`-th run of places; kept, as it serves many small steps."""
+def _permute_block(number: int, size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Permute the `number`-th run of an epoch's places; kept, as it serves many small steps."""
     first = number * PERMUTE_AT_ONCE
-    block = permute(np.arange(first, min(first + PERMUTE_AT_ONCE, size)), size, seed=seed)
+    places = np.arange(first, min(first + PERMUTE_AT_ONCE, size))
+    block = permute(places, size, seed=derive_seed(seed, "epoch", epoch))
     block.flags.writeable = False  # every caller gets the same array
     return block
 

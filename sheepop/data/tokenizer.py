@@ -15,7 +15,8 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from sheepop.data.fast_bpe import NUM_CODE_POINTS, FastBpe, fast_bpe, has_unassigned
+from sheepop.data.characters import NUM_CODE_POINTS
+from sheepop.data.fast_bpe import FastBpe, fast_bpe, has_unassigned
 from sheepop.data.stream_decoder import StreamDecoder
 from sheepop.data.tokenizer_import import KNOWN_END_TOKENS, TOKENIZER_FILE, load_backend
 from sheepop.data.tokenizer_parts import (
@@ -166,6 +167,22 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise DataError(surrogate_message([text])) from error
         return np.concatenate(pieces)
+
+    def encode_documents(self, documents: Sequence[bytes], *, out_of: int) -> NDArray[np.uint32] | None:
+        """Return the token ids of documents, each behind the end-of-text token, in one call: (num_tokens,).
+
+        Args:
+            documents: in UTF-8, none of which `has_unassigned`.
+            out_of: bytes of all that is going to be encoded, from which follows whether the fast engine is worth it.
+
+        Returns:
+            None where this tokenizer has no fast engine, or it is not worth its making.
+        """
+        if self._characters_encoded + out_of < CHARACTERS_BEFORE_FAST or self._fast is None:
+            return None
+        ids = self._fast.encode_documents(documents)
+        ids[ids == self._fast.separator_id] = self.end_of_text_id
+        return ids
 
     def _encode_slowly(self, texts: Sequence[str]) -> list[list[int]]:
         self._characters_encoded += sum(map(len, texts))

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sheepop.data.documents import Document, documents_of_file, iter_documents, list_files
+from sheepop.data.download import download
 from sheepop.utils.errors import DataError
 
 SEPARATOR = "<|endoftext|>"
@@ -197,3 +198,22 @@ def test_a_file_that_changes_or_vanishes_while_it_is_read_is_an_error(tmp_path: 
         change()
         with pytest.raises(DataError, match=r"a\.txt (changed|cannot be read)"):
             list(documents)
+
+
+def test_the_record_of_a_downloaded_corpus_is_no_text(tmp_path: Path) -> None:
+    record = json.dumps({"corpus": "tales", "licence": "MIT", "sha256": "0" * 64})
+    for name in ("tales.json", "plays.json", "alone.json", "mine.json"):
+        (tmp_path / name).write_text(record if name != "mine.json" else '{"text": "not a record"}')
+    for name in ("tales.txt", "mine.txt"):
+        (tmp_path / name).write_text("text")
+    (tmp_path / "plays").mkdir()
+    (tmp_path / "plays" / "a.txt").write_text("a play")
+    found = [path.relative_to(tmp_path).as_posix() for path in list_files([tmp_path])]
+    assert found == ["alone.json", "mine.json", "mine.txt", "tales.txt", "plays/a.txt"]
+    assert list_files([tmp_path / "tales.json"]) == [tmp_path / "tales.json"], "named by the user"
+
+
+def test_what_download_writes_is_known_as_its_record(tmp_path: Path) -> None:
+    download("python", data_dir=tmp_path)
+    assert (tmp_path / "python.json").is_file()
+    assert tmp_path / "python.json" not in list_files([tmp_path])

@@ -165,11 +165,40 @@ def test_an_engine_made_anew_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     tokenizer = train(None)
     expected = [tokenizer.encode(text) for text in HARD]
     monkeypatch.setattr(engine_module, "CHARACTERS_KEPT", 10)
+    memory = iter(range(10**12, 10**15, engine_module.GROWTH_KEPT + 1))
+    monkeypatch.setattr(engine_module, "memory_in_use", lambda: next(memory))
     renewed: list[FastBpe] = []
     renew = FastBpe._renew
     monkeypatch.setattr(FastBpe, "_renew", lambda self: renewed.append(self) or renew(self))
     assert [tokenizer.encode(text) for text in HARD] == expected
     assert renewed
+
+
+def test_an_engine_is_made_anew_only_where_memory_grew_or_cannot_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "CHARACTERS_KEPT", 10)
+    made: list[FastBpe] = []
+    renew = FastBpe._renew
+    monkeypatch.setattr(FastBpe, "_renew", lambda self: made.append(self) or renew(self))
+    for memory in (10**9, None):
+        monkeypatch.setattr(engine_module, "memory_in_use", lambda memory=memory: memory)
+        engine = fast_bpe(train(None)._layout)
+        assert engine is not None
+        made.clear()
+        for _ in range(3):
+            engine.encode("a good king is dead")
+        assert bool(made) == (memory is None)
+
+
+def test_documents_in_one_call_are_encoded_as_each_by_itself() -> None:
+    tokenizer = train(None)
+    texts = [text for text in HARD if text and not has_unassigned(text)]
+    texts += [f"{end}{begin}" for begin in ("a", " ", "\n", "'s", "é") for end in ("", "x", "\n ", " '")]
+    found = tokenizer.encode_documents([text.encode() for text in texts], out_of=10**6)
+    assert found is not None
+    assert found.tolist() == [
+        token for text in texts for token in (tokenizer.end_of_text_id, *general(tokenizer)(text))
+    ]
+    assert train(WORDS).encode_documents([b"a"], out_of=10**6) is None
 
 
 def test_a_tokenizer_goes_to_another_process() -> None:

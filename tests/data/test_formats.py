@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sheepop.data.documents import documents_of_file, iter_documents
+from sheepop.data.encodings import TextStream
 from sheepop.data.records import json_values
-from sheepop.data.splitting import split_at, split_stream
+from sheepop.data.splitting import split_at, split_stream, split_utf8
 from sheepop.utils.errors import DataError
 
 PROSE = "The shepherd counted his sheep before the evening came, and one of them was missing again. "
@@ -103,6 +104,40 @@ def test_any_bytes_under_any_name_give_text_or_a_data_error(
 
 
 # Streams
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.text(alphabet="ab\n \r\x1c\u3000é|<>", max_size=30), max_size=30),
+    st.sampled_from([None, "<|>", "\n\n", "b", "é"]),
+    st.sampled_from([3, 17, 10**6]),
+)
+def test_bytes_are_split_as_the_text_is(chunks: list[str], separator: str | None, limit: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sheepop.data.splitting.MAX_DOCUMENT_CHARACTERS", limit)
+        pieces = split_utf8((chunk.encode() for chunk in chunks), separator, "a")
+        assert [piece.decode() for piece in pieces] == list(split_stream(chunks, separator, "a"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252", "ascii"])
+def test_a_stream_gives_the_same_text_in_utf8(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks end in the middle of characters here."""
+    monkeypatch.setattr("sheepop.data.encodings.FIRST_BLOCK_BYTES", 700)
+    monkeypatch.setattr("sheepop.data.encodings.BLOCK_BYTES", 13)
+    text = "Plain. " * 50 if encoding == "ascii" else "Ein schöner Gruß – für “alle”. " * 50
+    raw = text.encode(encoding)
+    stream = TextStream(io.BytesIO(raw), "a")
+    blocks = list(stream.in_utf8())
+    assert b"".join(blocks).decode() == "".join(TextStream(io.BytesIO(raw), "a")) == text
+    assert all(block.decode() for block in blocks)
+    for damaged in (raw[:900] + b"\x00" + raw[900:], raw[:-30] + b"\xff\xfe\xc3" + raw[-30:]):
+        reasons = []
+        for read in (TextStream.__iter__, TextStream.in_utf8):
+            try:
+                reasons.append(str(list(map(str, read(TextStream(io.BytesIO(damaged), "a"))))[:0]))
+            except DataError as error:
+                reasons.append(str(error))
+        assert reasons[0] == reasons[1]
 
 
 @settings(deadline=None)

@@ -175,11 +175,27 @@ def test_with_more_files_only_these_are_worked_on(
         texts.append(text)
         return encode(tokenizer, text, dtype)
 
+    monkeypatch.setattr(Tokenizer, "encode_documents", lambda *_, **__: None)  # the way that is counted
     monkeypatch.setattr("sheepop.data.shards.encode", counting)
     grown = prepare([library], tmp_path / "out", **settings)
     assert 2 <= len(texts) < 150
     monkeypatch.undo()
     assert grown.manifest["files"] == prepare([library], tmp_path / "anew", tokenizer=str(tokenizer)).manifest["files"]
+
+
+def test_work_on_files_that_are_gone_is_not_kept(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sheepop.data.gather.FILES_A_UNIT", 8)
+    for number, limit in enumerate((300, 100, 20)):
+        for path in sorted(library.iterdir())[limit:]:
+            path.unlink()
+        prepare([library], tmp_path / "out", tokenizer="bpe", vocab_size=300, incremental=True)
+        prepare([library], tmp_path / f"anew{number}", tokenizer="bpe", vocab_size=300, incremental=True)
+        kept, anew = (
+            {path.name for path in (tmp_path / f".{name}.work").iterdir()} for name in ("out", f"anew{number}")
+        )
+        assert kept == anew
 
 
 def test_a_file_that_cannot_be_read_is_listed_or_an_error(library: Path, tmp_path: Path) -> None:

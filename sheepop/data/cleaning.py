@@ -31,8 +31,17 @@ def clean(text: str, cleaning: Cleaning) -> str:
     """
     if cleaning == "none":
         return text
-    if cleaning == "repair":
-        text = repair(text)
+    if cleaning == "standard":
+        return remove_unseen(text)
+    # What stood around a character that goes may look like wrong decoding once it has gone, so until nothing changes.
+    cleaned = remove_unseen(repair(text))
+    while cleaned != text:
+        text, cleaned = cleaned, remove_unseen(repair(cleaned))
+    return cleaned
+
+
+def remove_unseen(text: str) -> str:
+    """Return the text without what no reader sees: the `standard` cleaning."""
     # Most texts need nothing, and each of these questions is answered many times as fast as a pattern is looked for.
     if not text.replace("\n", " ").replace("\t", " ").isprintable():
         text = INVISIBLE.sub("", LINE_ENDS.sub("\n", text))

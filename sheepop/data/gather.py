@@ -32,7 +32,7 @@ UNIT_BYTES = 16_000_000  # of files that one worker reads
 PART_BYTES = 16_000_000  # of text that one worker encodes
 BATCH_BYTES = 1_000_000  # of text that is looked at together: as much as a core's cache holds
 FILES_A_UNIT = 64  # on average, where files are small
-GATHER_VERSION = 2  # to be raised when the same files and settings give other documents or parts
+GATHER_VERSION = 3  # to be raised when the same files and settings give other documents or parts
 EXAMPLES = 3  # of what each filter dropped
 EXAMPLE_CHARACTERS = 120
 

@@ -36,7 +36,7 @@ from sheepop.utils.errors import ConfigError, DataError, did_you_mean
 from sheepop.utils.files import atomic_folder, full_disk_is_a_clear_error, sha256_of_file, to_json, write_json
 from sheepop.utils.logging import format_count, log, warn
 
-PREPARATION = 2  # raised when the same text and settings give other files
+PREPARATION = 3  # raised when the same text and settings give other files
 SMALL_INPUT = 8_000_000  # bytes of files below which starting processes costs more than it saves
 TRAIN_TOKENIZER_ON = 256_000_000  # bytes; bounds the time that training a tokenizer takes
 LEAKAGE_TO_WARN_OF = 0.01

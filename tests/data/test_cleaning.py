@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sheepop.data.cleaning import CLEANINGS, EMPTY_LINES, INVISIBLE, LINE_ENDS, TRAILING_SPACE, clean
@@ -31,6 +31,7 @@ def test_repair_mends_wrong_decoding_and_keeps_typography() -> None:
 
 @pytest.mark.parametrize("cleaning", CLEANINGS)
 @given(st.text())
+@example("À\x0c\x86")  # looks like wrong decoding once the control character has gone
 def test_cleaning_twice_is_cleaning_once(cleaning: str, text: str) -> None:
     once = clean(text, cleaning)  # type: ignore[arg-type]
     assert clean(once, cleaning) == once  # type: ignore[arg-type]

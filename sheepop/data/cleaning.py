@@ -16,6 +16,7 @@ INVISIBLE = re.compile(
 )
 TRAILING_SPACE = re.compile(r"[ \t]+$", re.MULTILINE)
 EMPTY_LINES = re.compile(r"\n{4,}")
+MOST_REPAIRS = 10  # of one text; two are usually enough to see that nothing changes any more
 
 
 def clean(text: str, cleaning: Cleaning) -> str:
@@ -34,10 +35,11 @@ def clean(text: str, cleaning: Cleaning) -> str:
     if cleaning == "standard":
         return remove_unseen(text)
     # What stood around a character that goes may look like wrong decoding once it has gone, so until nothing changes.
-    cleaned = remove_unseen(repair(text))
-    while cleaned != text:
-        text, cleaned = cleaned, remove_unseen(repair(cleaned))
-    return cleaned
+    for _ in range(MOST_REPAIRS):
+        before, text = text, remove_unseen(repair(text))
+        if text == before:
+            break
+    return text
 
 
 def remove_unseen(text: str) -> str:

@@ -125,6 +125,9 @@ class TrainingConfig(Section):
     max_minutes: Annotated[float, Field(gt=0)] | None = Field(
         None, description="length of the run in minutes of training; becomes a number of steps once, at the start"
     )
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="adamw; or muon for the matrices inside the blocks, with adamw for all else"
+    )
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     min_learning_rate_ratio: float = Field(0.1, ge=0, le=1, description="the last learning rate over the peak")
     schedule: Literal["cosine", "wsd", "linear", "constant"] = Field(
@@ -135,6 +138,8 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; never of norms and biases")
     beta1: Fraction = Field(0.9, description="decay of AdamW's first moment")
     beta2: Fraction = Field(0.95, description="decay of AdamW's second moment")
+    muon_momentum: Fraction = Field(0.95, description="decay of Muon's running sum of gradients")
+    muon_lr_ratio: float = Field(1.0, gt=0, description="Muon's learning rate over learning_rate")
     adam_epsilon: float = Field(1e-8, gt=0, description="added to the root of AdamW's second moment")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         1.0, description="gradients are scaled down to this norm; null: never"

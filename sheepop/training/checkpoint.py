@@ -15,11 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sheepop.config import Config
 from sheepop.models.pretrained import (
@@ -40,7 +35,7 @@ from sheepop.models.pretrained import (
     write_manifest,
 )
 from sheepop.models.transformer import TransformerModel
-from sheepop.training.distributed import World, full, on_main
+from sheepop.training.distributed import World, as_placed, full, is_sharded, on_main, own_part
 from sheepop.training.state import Run, TrainingState
 from sheepop.utils.errors import CheckpointError, NoSpaceError
 from sheepop.utils.files import atomic_folder, full_disk_is_a_clear_error, read_json, recover_replaced, write_json
@@ -92,14 +87,14 @@ def take_snapshot(run: Run, *, copied: bool = False) -> Snapshot:
         whole = full(weight)
         if run.world.is_main:
             weights[name] = keep(whole)
-    is_sharded = any(isinstance(parameter, DTensor) for parameter in run.model.parameters())
+    in_slices = run.parallel == "fsdp"
     moments = {
-        f"{name}/{key}": tensor if is_sharded else keep(tensor)
+        f"{name}/{key}": tensor if in_slices else keep(tensor)
         for name, parameter in run.model.named_parameters()
         for key, tensor in run.optimizer.state.get(parameter, {}).items()
     }
     return Snapshot(
-        run.config, run.tokenizer.to_json(), copy.deepcopy(run.state), weights, moments, is_sharded=is_sharded
+        run.config, run.tokenizer.to_json(), copy.deepcopy(run.state), weights, moments, is_sharded=in_slices
     )
 
 
@@ -144,6 +139,9 @@ def save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
     Raises:
         OSError: on all processes, where one of them could not write.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     try:
         save(dict(tensors), checkpoint_id=folder)
     except CheckpointException as error:
@@ -160,7 +158,7 @@ def check_free_space(target: Path, snapshot: Snapshot, world: World) -> None:
         NoSpaceError: it would not fit.
     """
     weights = sum(tensor.nbytes for tensor in snapshot.weights.values())
-    moments = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in snapshot.moments.values())
+    moments = sum(own_part(tensor).nbytes for tensor in snapshot.moments.values())
     needed = weights + moments * (world.size if snapshot.is_sharded else 1) + SPARE_BYTES
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
@@ -236,7 +234,7 @@ def restore(checkpoint: Path, model: TransformerModel, optimizer: torch.optim.Op
         CheckpointError: the checkpoint belongs to a different model.
     """
     parameters = dict(model.named_parameters())
-    if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+    if not any(map(is_sharded, parameters.values())):
         load_weights(model, checkpoint)
     else:
         weights = read_tensors(checkpoint / WEIGHTS_FILE)
@@ -252,13 +250,6 @@ def restore(checkpoint: Path, model: TransformerModel, optimizer: torch.optim.Op
         optimizer.state[parameter] = {key: as_placed(tensor, parameter) for key, tensor in state.items()}
 
 
-def as_placed(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Bring a weight or moment to where its parameter is, sliced as that is; a counter stays whole."""
-    if isinstance(tensor, DTensor) or not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
-        return tensor.to(parameter.device)
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
-
-
 def read_moments(checkpoint: Path) -> dict[str, Tensor]:
     """Read the optimizer's tensors of a run that was not sharded."""
     return read_tensors(checkpoint / OPTIMIZER_FILE)
@@ -269,6 +260,9 @@ def read_sharded(checkpoint: Path, parameters: Mapping[str, Tensor]) -> dict[str
     folder = checkpoint / SHARDED_FOLDER
     if not folder.is_dir():
         return {}
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {}
     for key, what in saved.items():

@@ -7,24 +7,22 @@ of the processes add up to the gradient that one process would have, whatever th
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sheepop.models.transformer import TransformerModel
 from sheepop.utils.errors import LostProcessError, SheepopError
 
 Result = TypeVar("Result")
+Parallel = Literal["none", "ddp", "fsdp"]
 
 # fp32 weights, gradients and AdamW's two moments take 16 bytes a parameter; the rest of a GPU is for activations.
 BYTES_A_PARAMETER = 16
@@ -132,7 +130,7 @@ def on_main(world: World, action: Callable[[], Result]) -> Result:
 
 def choose_parallel(
     asked: Literal["auto", "ddp", "fsdp"], num_parameters: int, device: torch.device, world: World
-) -> Literal["none", "ddp", "fsdp"]:
+) -> Parallel:
     """Return how the processes share the model; `auto` shards it where a GPU could not hold all of it."""
     if world.size == 1:
         return "none"
@@ -144,17 +142,21 @@ def choose_parallel(
     return "fsdp" if num_parameters * BYTES_A_PARAMETER > SHARE_FOR_PARAMETERS * memory else "ddp"
 
 
-def distribute(model: TransformerModel, how: Literal["none", "ddp", "fsdp"], world: World) -> nn.Module:
+def distribute(model: TransformerModel, how: Parallel, world: World) -> nn.Module:
     """Prepare the model for several processes, and return what the training step calls instead of it.
 
-    - ddp (Li et al. 2020): every process holds the whole model; gradients are summed in buckets during the backward
-      pass.
+    - ddp (Li et al. 2020): every process holds the whole model; gradients are averaged in buckets during the backward
+      pass, so the step makes the loss as many times larger.
     - fsdp (Zhao et al. 2023; FSDP2): every process holds a slice of each weight, its gradient and its moments, and
       gathers a block's weights only while it computes with them. The model's parameters become `DTensor`s, in place.
     """
     if how == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True, **_KEEP_BUFFERS)
     if how == "fsdp":
+        # Half a second to import, which a single process is spared.
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
         mesh = init_device_mesh(model.device.type, (world.size,))
         for module in (*model.blocks, model):
             sharded = fully_shard(module, mesh=mesh)
@@ -164,30 +166,41 @@ def distribute(model: TransformerModel, how: Literal["none", "ddp", "fsdp"], wor
     return model
 
 
-def averages_gradients(forward: nn.Module) -> bool:
-    """Say whether the exchange takes the mean over the processes, so that the loss has to be as many times larger."""
-    return isinstance(forward, DistributedDataParallel)
-
-
 @contextmanager
-def gradient_exchange(forward: nn.Module, *, is_last: bool) -> Iterator[None]:
+def gradient_exchange(forward: Any, how: Parallel, *, is_last: bool) -> Iterator[None]:
     """Exchange gradients in the backward pass of a step's last micro-batch only; the others just add up."""
-    if isinstance(forward, FSDPModule):
+    if how == "fsdp":
         forward.set_requires_gradient_sync(is_last)
+    with forward.no_sync() if how == "ddp" and not is_last else nullcontext():
         yield
-    elif isinstance(forward, DistributedDataParallel) and not is_last:
-        with forward.no_sync():
-            yield
-    else:
-        yield
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Say whether a tensor is this process's slice of one, a `DTensor`."""
+    return hasattr(tensor, "placements")
 
 
 def full(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor on every process; any other is returned as it is. All processes must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return this process's slice of a sharded tensor; any other is returned as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def as_placed(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Bring a weight or moment to where its parameter is, sliced as that is; a counter stays whole."""
+    tensor = tensor.to(parameter.device)
+    if is_sharded(tensor) or not is_sharded(parameter) or tensor.shape != parameter.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
 
 
 def release_gathered_weights(model: nn.Module) -> None:
-    """Go back to slices of the weights after a forward pass without a backward pass."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    """Go back to slices of the weights after a forward pass of a sharded model without a backward pass."""
+    if hasattr(model, "reshard"):
+        model.reshard()  # type: ignore[operator]

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 
 from sheepop.config import TrainingConfig
 from sheepop.training.batches import batch_loader
@@ -75,7 +74,7 @@ def measure_step(
     A sharded model is measured as it is, without the update: a copy may not fit, and all processes must make equally
     many steps, so their number is fixed.
     """
-    is_sharded = isinstance(run.model, FSDPModule)
+    is_sharded = run.parallel == "fsdp"
     if is_sharded:
         scratch, seconds = run, 0.0
     else:
@@ -83,7 +82,13 @@ def measure_step(
         optimizer = make_optimizer(model, run.config.training)
         alone = World(run.world.rank, 1)
         scratch = replace(
-            run, model=model, forward=model, optimizer=optimizer, world=alone, state=copy.deepcopy(run.state)
+            run,
+            model=model,
+            forward=model,
+            optimizer=optimizer,
+            world=alone,
+            parallel="none",
+            state=copy.deepcopy(run.state),
         )
     return measure_seconds_per_step(
         lambda step: train_step(

@@ -1,26 +1,56 @@
-"""AdamW with decay only where it belongs."""
+"""The optimizer of a run: AdamW, or Muon for the matrices inside the blocks; decay only where it belongs."""
 
 import torch
-from torch import nn
 
 from sheepop.config import TrainingConfig
+from sheepop.models.transformer import TransformerModel
+from sheepop.training.muon import Muon
+from sheepop.utils.devices import cpu_has_bf16
 
 
-def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov and Hutter 2019) over the model's parameters, in one fused kernel a step.
+def make_optimizer(model: TransformerModel, training: TrainingConfig) -> torch.optim.Optimizer:
+    """Return the optimizer that the settings ask for, over all of the model's parameters.
 
     Matrices are decayed. Norm weights and biases are not: shrinking a scale towards zero, or an offset, does not
-    limit what a layer can express, it only fights the data.
+    limit what a layer can express, it only fights the data. The rate of each group is `training.learning_rate` times
+    the group's `lr_ratio`.
+
+    - `adamw` (Loshchilov and Hutter 2019), in one fused kernel a step;
+    - `muon` (Jordan et al. 2024) for the matrices inside the blocks, with AdamW for embeddings, head and vectors.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    inner = {name for name, parameter in named.items() if name.startswith("blocks.") and parameter.dim() == 2}
+    use_muon = training.optimizer == "muon"
+    decayed = [p for name, p in named.items() if p.dim() >= 2 and not (use_muon and name in inner)]
+    others = [
+        {"params": decayed, "weight_decay": training.weight_decay},
+        {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups,
-        lr=training.learning_rate,
-        betas=(training.beta1, training.beta2),
-        eps=training.adam_epsilon,
-        fused=True,
-    )
+    adamw = {
+        "lr": training.learning_rate,
+        "lr_ratio": 1.0,
+        "betas": (training.beta1, training.beta2),
+        "eps": training.adam_epsilon,
+    }
+    others = [group | adamw for group in others]
+    if not use_muon:
+        return torch.optim.AdamW(others, fused=True)
+    C, K, H, F = model.config.head_dim, model.config.num_kv_heads, model.config.num_heads, model.config.d_ff
+    pieces = {
+        "query_key_value.weight": [H * C, K * C, K * C],
+        "feed_forward.input.weight": [F, F] if model.config.is_gated else None,
+    }
+    ends = {name: next((end for end in pieces if name.endswith(end)), None) for name in inner}
+    matrices = [
+        {
+            "params": [named[name] for name in sorted(inner) if ends[name] == end],
+            "pieces": None if end is None else pieces[end],
+            "lr": training.learning_rate,
+            "lr_ratio": training.muon_lr_ratio,
+            "weight_decay": training.weight_decay,
+        }
+        for end in (*pieces, None)
+    ]
+    has_bf16 = model.device.type == "cuda" or cpu_has_bf16()
+    dtype = torch.bfloat16 if has_bf16 else torch.float32
+    return Muon(matrices, others, momentum=training.muon_momentum, dtype=dtype)

@@ -134,7 +134,7 @@ def rehearse_libraries(config: Config, device: torch.device, precision: Precisio
     optimizer = make_optimizer(model, tiny.training)
     state = TrainingState(total_steps=1, data_fingerprint="")
     token_ids = torch.zeros((1, length), dtype=torch.long, device=device)
-    learner = Learner(tiny, model, model, optimizer, precision, World(), state)
+    learner = Learner(tiny, model, model, optimizer, precision, World(), "none", state)
     train_step(learner, [MicroBatch(0, token_ids, token_ids, length)], step=0, learning_rate=0.0)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sheepop.config import LENGTH_KEYS, Config, load_config
+from sheepop.config import LENGTH_KEYS, Config, TrainingConfig, load_config
 from sheepop.data.corpus import Corpus, open_corpus
 from sheepop.data.packing import PackingPlan, open_plan
 from sheepop.data.prepare import prepare_on_the_way
@@ -210,11 +210,8 @@ def set_up(config: Config, corpus: Corpus, *, device: torch.device, world: World
     if training.activation_checkpointing:
         model.recompute_activations()
     parallel = choose_parallel(training.parallel, count_parameters(config.model).total, device, world)
-    if parallel == "fsdp" and training.async_save:
-        raise ConfigError(
-            "training.async_save (true) does not go together with training.parallel (fsdp), whose processes write "
-            "their shares together. Leave one of them out."
-        )
+    if parallel == "fsdp":
+        check_sharding(training)
     forward = distribute(model, parallel, world)
     return Run(
         folder=Path(training.save_dir),
@@ -227,9 +224,28 @@ def set_up(config: Config, corpus: Corpus, *, device: torch.device, world: World
         sampler=sampler,
         precision=precision,
         world=world,
+        parallel=parallel,
         state=TrainingState(total_steps=0, data_fingerprint=corpus.fingerprint),
         packing=packing,
     )
+
+
+def check_sharding(training: TrainingConfig) -> None:
+    """Refuse settings that sharded weights do not allow.
+
+    Raises:
+        ConfigError: it names the setting and why.
+    """
+    reasons = {
+        "training.async_save (true)": training.async_save and "the processes write their slices together",
+        "training.optimizer (muon)": training.optimizer == "muon"
+        and "each process holds slices of matrices, and Muon needs whole ones",
+    }
+    for setting, reason in reasons.items():
+        if reason:
+            raise ConfigError(
+                f"{setting} does not go together with training.parallel (fsdp): {reason}. Leave one of them out."
+            )
 
 
 def open_packing(config: Config, corpus: Corpus, end_of_text_id: int, world: World) -> PackingPlan | None:

@@ -13,7 +13,7 @@ from sheepop.data.packing import PackingPlan
 from sheepop.data.sampler import Sampler
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.models.transformer import TransformerModel
-from sheepop.training.distributed import World
+from sheepop.training.distributed import Parallel, World
 from sheepop.training.guard import Guard
 from sheepop.training.loss_scale import LossScale
 from sheepop.utils.devices import Precision
@@ -57,6 +57,7 @@ class Learner:
 
     Attributes:
         forward: what the step calls: the model, or the model inside PyTorch's data-parallel wrapper.
+        parallel: how several processes share the model.
     """
 
     config: Config
@@ -65,6 +66,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     precision: Precision
     world: World
+    parallel: Parallel
     state: TrainingState
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sheepop.training.distributed import averages_gradients, full, gradient_exchange, sum_over_processes
+from sheepop.training.distributed import full, gradient_exchange, sum_over_processes
 from sheepop.training.guard import Verdict, allows_update
 from sheepop.training.loss import summed_cross_entropy
 from sheepop.training.profiling import begin_part
@@ -86,7 +86,7 @@ def train_step(
     training, guard, loss_scale = learner.config.training, learner.state.guard, learner.state.loss_scale
     device = model.device
     scale = loss_scale.value if precision.needs_loss_scaling else 1.0
-    factor = scale * (world.size if averages_gradients(learner.forward) else 1)
+    factor = scale * (world.size if learner.parallel == "ddp" else 1)  # which takes the mean over the processes
     counted = torch.tensor(sum(batch.num_targets for batch in micro_batches), device=device)
     num_targets = int(sum_over_processes(counted, world))
     loss_sum = torch.zeros((), device=device)
@@ -100,7 +100,7 @@ def train_step(
         if model.config.dropout:
             torch.manual_seed(derive_seed(learner.config.seed, "dropout", step, batch.index))
         autocast = torch.autocast(device.type, precision.autocast_dtype, enabled=precision.autocast_dtype is not None)
-        with gradient_exchange(learner.forward, is_last=number == len(micro_batches)):
+        with gradient_exchange(learner.forward, learner.parallel, is_last=number == len(micro_batches)):
             with autocast:
                 logits = learner.forward(batch.token_ids, document_ids=batch.document_ids)  # (B, T, V)
             loss = summed_cross_entropy(logits, batch.targets) / num_targets
@@ -132,7 +132,7 @@ def train_step(
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), training.max_grad_norm, total_norm)
         begin_part("optimizer")
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
         optimizer.step()
     begin_part("other")
     optimizer.zero_grad(set_to_none=True)

@@ -156,6 +156,7 @@ def bare_run(config: Config, **parts: object) -> Run:
         "sampler": None,
         "precision": FP32,
         "world": World(),
+        "parallel": "none",
         "state": TrainingState(total_steps=50, data_fingerprint="f"),
     }
     return Run(**(usual | parts))  # type: ignore[arg-type]

@@ -99,7 +99,14 @@ def test_recomputing_keeps_less_for_the_backward_pass(tiny_config):
     assert bytes_kept() < before / 2
 
 
-def test_saving_beside_the_training_and_sharding_exclude_each_other(tiny_config, corpus_folder):
-    config = tiny_config(**{"training.async_save": True, "training.parallel": "fsdp"})
-    with pytest.raises(ConfigError, match=r"training\.async_save .* training\.parallel \(fsdp\)"):
+@pytest.mark.parametrize(
+    ("setting", "value", "named"),
+    [
+        ("training.async_save", True, r"training\.async_save \(true\)"),
+        ("training.optimizer", "muon", r"training\.optimizer \(muon\)"),
+    ],
+)
+def test_what_sharding_cannot_do_is_said(tiny_config, corpus_folder, setting, value, named):
+    config = tiny_config(**{setting: value, "training.parallel": "fsdp"})
+    with pytest.raises(ConfigError, match=named + r" .* training\.parallel \(fsdp\)"):
         set_up(config, open_corpus(corpus_folder), device=torch.device("cpu"), world=World(0, 2))

@@ -1,0 +1,90 @@
+"""Muon: momentum whose matrices are made orthogonal before they move the weights (Jordan et al. 2024).
+
+The matrix of a gradient usually has few large singular values, so plain steps move along few directions. Newton–Schulz
+iterations bring all of its singular values near one, with matrix products alone.
+"""
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The quintic of Jordan et al.: as steep at zero as it can be, so that five rounds bring small singular values up too.
+# They end between about 0.7 and 1.2, which serves as well as exactly one.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ROUNDS = 5
+EPSILON = 1e-7
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Bring the singular values of each matrix near one, UΣVᵀ to about UVᵀ: (N, R, C) to (N, R, C), R ≤ C."""
+    a, b, c = COEFFICIENTS
+    # The Frobenius norm is an upper bound of the largest singular value, which must not exceed one.
+    result: Tensor = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=EPSILON)
+    for _ in range(ROUNDS):
+        gram = result @ result.mT  # (N, R, R)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        result = torch.baddbmm(result, polynomial, result, beta=a)
+    return result
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices and PyTorch's fused AdamW for all else, as one optimizer with one state.
+
+    A matrix that is several behind each other, such as the projection to queries, keys and values, is made orthogonal
+    piece by piece; pieces of the same shape all at once. Updates have the size of AdamW's, 0.2 √max(R, C) times an
+    orthogonal matrix (Liu et al. 2025), so that one weight decay and one schedule serve both.
+
+    Args:
+        matrices: groups with `params`, `lr` and `weight_decay`; `pieces` says how many rows each piece of its matrices
+            has, None for whole ones.
+        others: groups for AdamW, with all that it takes.
+        momentum: decay of the running sum of gradients.
+        dtype: of the iterations, in which rounding does not matter.
+    """
+
+    def __init__(
+        self,
+        matrices: list[dict[str, Any]],
+        others: list[dict[str, Any]],
+        *,
+        momentum: float,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": 0.0, "pieces": None})
+        self.momentum, self.dtype = momentum, dtype
+        self.matrices = list(self.param_groups)
+        self.adamw = torch.optim.AdamW(others, fused=True)
+        self.adamw.state = self.state
+        self.param_groups += self.adamw.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move all weights that have a gradient."""
+        assert closure is None
+        self.adamw.step()
+        # By shape: what is to be made orthogonal, the piece of the weight that it moves, and how far.
+        work: dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]] = defaultdict(list)
+        for group in self.matrices:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"].mul_(self.momentum).add_(parameter.grad)
+                ahead = parameter.grad.add(momentum, alpha=self.momentum)  # Nesterov
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                pieces = group["pieces"] or [len(parameter)]
+                for direction, weight in zip(ahead.split(pieces), parameter.split(pieces), strict=True):
+                    rows, columns = weight.shape
+                    rate = group["lr"] * 0.2 * math.sqrt(max(rows, columns))
+                    if rows > columns:
+                        direction, weight = direction.mT, weight.mT
+                    work[tuple(weight.shape)].append((direction, weight, rate))
+        for items in work.values():
+            directions = torch.stack([direction for direction, _, _ in items]).to(self.dtype)
+            for update, (_, weight, rate) in zip(orthogonalize(directions), items, strict=True):
+                weight.add_(update.to(weight.dtype), alpha=-rate)

@@ -10,25 +10,17 @@ the median over stretches of 50 steps, the first left out. Loss is over the whol
 
 import argparse
 import json
-import os
-import pickle
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from common import alternate, median, show
+from peers import train_nanogpt
 
 TOKENS_A_STEP = 12 * 64
 STRETCH = 50  # steps whose times are averaged before the median is taken, in both programs
-NANOGPT_SETTINGS = (
-    "--device=cpu --compile=False --eval_iters=1 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
-    "--n_head=4 "
-    "--n_embd=128 --dropout=0.0 --dataset=bench --eval_interval=1000000 --gradient_accumulation_steps=1 "
-    "--learning_rate=1e-3 --min_lr=1e-4 --beta2=0.99 --warmup_iters=100 --always_save_checkpoint=False"
-).split()
 
 
 def train_ours(text: Path, steps: int) -> dict[str, float]:
@@ -47,23 +39,10 @@ def train_ours(text: Path, steps: int) -> dict[str, float]:
     }
 
 
-def train_nanogpt(folder: Path, text: Path, steps: int) -> float:
+def speed_of_nanogpt(checkout: Path, text: Path, steps: int) -> float:
     """Return nanoGPT's tokens per second, by the step times that it prints."""
-    with tempfile.TemporaryDirectory() as scratch:
-        data = Path(scratch) / "data" / "bench"
-        data.mkdir(parents=True)
-        content = text.read_text(encoding="utf-8")
-        characters = sorted(set(content))
-        ids = np.array([characters.index(character) for character in content], dtype=np.uint16)
-        cut = int(len(ids) * 0.9)
-        ids[:cut].tofile(data / "train.bin")
-        ids[cut:].tofile(data / "val.bin")
-        (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(characters)}))
-        for name in ("train.py", "model.py", "configurator.py"):
-            (Path(scratch) / name).write_text((folder / name).read_text())
-        command = [sys.executable, "train.py", *NANOGPT_SETTINGS, f"--max_iters={steps}", f"--lr_decay_iters={steps}"]
-        output = subprocess.run(command, cwd=scratch, check=True, capture_output=True, text=True, env=os.environ).stdout
-    milliseconds = [float(time) for time in re.findall(r"time ([\d.]+)ms", output)]
+    run = train_nanogpt(checkout, text, max_iters=steps, lr_decay_iters=steps, eval_iters=1)
+    milliseconds = [float(time) for time in re.findall(r"time ([\d.]+)ms", run.output)]
     stretches = [milliseconds[at : at + STRETCH] for at in range(STRETCH, len(milliseconds) - STRETCH + 1, STRETCH)]
     return median([TOKENS_A_STEP * STRETCH / (sum(stretch) / 1000) for stretch in stretches])
 
@@ -82,7 +61,7 @@ def main() -> None:
     results = alternate(
         {
             "sheepop classic": lambda: train_ours(options.text, options.steps)["tokens_per_second"],
-            "nanoGPT": lambda: train_nanogpt(options.nanogpt, options.text, options.steps),
+            "nanoGPT": lambda: speed_of_nanogpt(options.nanogpt, options.text, options.steps),
         },
         options.rounds,
     )

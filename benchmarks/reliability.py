@@ -52,7 +52,7 @@ def run_tests(what: list[str], options: list[str]) -> dict[str, object]:
         "failed": failed,
         "skipped": counts["skipped"],
         "seconds": time.perf_counter() - began,
-        "verdict": "reached" if counts["tests"] and not failed else "MISSED",
+        "verdict": "MISSED" if failed or counts["tests"] == counts["skipped"] else "reached",
     }
 
 

@@ -68,6 +68,9 @@ class ModelConfig(Section):
         "optimized", description="fused kernels, or the same attention written out to be read"
     )
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
+    zero_init_outputs: bool = Field(
+        False, description="projections into the residual stream begin at zero, so that each block begins as no change"
+    )
 
     @property
     def is_gated(self) -> bool:

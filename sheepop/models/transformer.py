@@ -46,14 +46,16 @@ class TransformerModel(nn.Module):
         """Draw the weights: normal with `init_std`, the projections into the residual stream narrower.
 
         Each of the 2L sub-layers adds to the stream, so their output projections are scaled by 1/√(2L) to keep its
-        variance from growing with depth (Radford et al. 2019, section 2.3). Biases are zero, norms one.
+        variance from growing with depth (Radford et al. 2019, section 2.3), or zero with `zero_init_outputs`. Biases
+        are zero, norms one.
         """
+        output_scale = 0.0 if self.config.zero_init_outputs else 1 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
             else:
-                depth_scale = 1 / math.sqrt(2 * self.config.num_layers) if name.endswith("output.weight") else 1.0
-                nn.init.normal_(parameter, mean=0.0, std=self.config.init_std * depth_scale)
+                scale = output_scale if name.endswith("output.weight") else 1.0
+                nn.init.normal_(parameter, mean=0.0, std=self.config.init_std * scale)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ is read only after its sum was compared.
 import copy
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Snapshot:
     Attributes:
         weights: whole tensors, named as the model stores them; empty on all but the main process.
         moments: the optimizer's tensors, named by their weight: `blocks.0.attention.output.weight/exp_avg`; this
-            process's slices of them where the run is sharded.
+            process's slices of them where the run is sharded, else likewise empty on all but the main process.
         is_sharded: whether they are slices.
     """
 
@@ -92,6 +93,7 @@ def take_snapshot(run: Run, *, copied: bool = False) -> Snapshot:
         f"{name}/{key}": tensor if in_slices else keep(tensor)
         for name, parameter in run.model.named_parameters()
         for key, tensor in run.optimizer.state.get(parameter, {}).items()
+        if in_slices or run.world.is_main
     }
     return Snapshot(
         run.config, run.tokenizer.to_json(), copy.deepcopy(run.state), weights, moments, is_sharded=in_slices
@@ -112,8 +114,12 @@ def save_checkpoint(folder: Path, name: str, snapshot: Snapshot, world: World | 
     shards = folder / f".{name}.shards.tmp"
     on_main(world, lambda: check_free_space(target, snapshot, world))
     if snapshot.is_sharded:
-        with full_disk_is_a_clear_error(target):
-            save_shards(snapshot.moments, shards)
+        try:
+            with full_disk_is_a_clear_error(target):
+                save_shards(snapshot.moments, shards)
+        except NoSpaceError:
+            on_main(world, lambda: shutil.rmtree(shards, ignore_errors=True))
+            raise
 
     def publish() -> None:
         with atomic_folder(target) as temporary:
@@ -240,42 +246,48 @@ def restore(checkpoint: Path, model: TransformerModel, optimizer: torch.optim.Op
         weights = read_tensors(checkpoint / WEIGHTS_FILE)
         with torch.no_grad():
             for name, parameter in parameters.items():
+                if name not in weights or weights[name].shape != parameter.shape:
+                    raise CheckpointError(f"The checkpoint {checkpoint} does not fit the model: '{name}' differs.")
                 parameter.copy_(as_placed(weights[name], parameter))
-    moments = read_sharded(checkpoint, parameters) or read_moments(checkpoint)
+    if (checkpoint / SHARDED_FOLDER).is_dir():
+        moments = read_sharded(checkpoint / SHARDED_FOLDER, parameters)
+    else:
+        moments = read_tensors(checkpoint / OPTIMIZER_FILE)
+    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in moments.items():
+        name, _, what = key.rpartition("/")
+        states[name][what] = tensor
     for name, parameter in parameters.items():
-        state = {key.rpartition("/")[2]: tensor for key, tensor in moments.items() if key.rpartition("/")[0] == name}
-        if moments and not state:
+        if moments and not states[name]:
             raise CheckpointError(f"{checkpoint} holds no optimizer state for the weight '{name}'.")
         # AdamW's step counters stay on the CPU unless fused on a GPU; they are copied wherever the weights are.
-        optimizer.state[parameter] = {key: as_placed(tensor, parameter) for key, tensor in state.items()}
+        optimizer.state[parameter] = {key: as_placed(tensor, parameter) for key, tensor in states[name].items()}
 
 
-def read_moments(checkpoint: Path) -> dict[str, Tensor]:
-    """Read the optimizer's tensors of a run that was not sharded."""
-    return read_tensors(checkpoint / OPTIMIZER_FILE)
-
-
-def read_sharded(checkpoint: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read the optimizer's tensors of a sharded run, sliced as the parameters now are; empty for any other run."""
-    folder = checkpoint / SHARDED_FOLDER
-    if not folder.is_dir():
-        return {}
+def read_sharded(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read the optimizer's tensors of a sharded run, sliced as the parameters now are."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {}
-    for key, what in saved.items():
+    for key, what in FileSystemReader(folder).read_metadata().state_dict_metadata.items():
         parameter = parameters[key.rpartition("/")[0]]
         is_counter = what.size != parameter.shape  # type: ignore[union-attr]
         tensors[key] = torch.zeros((), device="cpu") if is_counter else torch.zeros_like(parameter)
-    load(tensors, checkpoint_id=folder)
+    if tensors:
+        load(tensors, checkpoint_id=folder)
     return tensors
 
 
 def sweep_leftovers(run: Path) -> None:
-    """Remove what a killed run left half written or half removed; put back what it was about to replace."""
+    """Remove what a killed run left half written or half removed; put back what it was about to replace.
+
+    To be called before anything is looked for in the run, by the one process that writes to it.
+    """
     recover_replaced(run, "checkpoint_*")
-    for pattern in (".checkpoint_*.tmp", ".checkpoint_*.old"):
-        for folder in run.glob(pattern):
-            shutil.rmtree(folder, ignore_errors=True)
+    for pattern in (".*.tmp", ".checkpoint_*.old"):
+        for leftover in run.glob(pattern):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink()

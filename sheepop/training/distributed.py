@@ -6,9 +6,11 @@ of the processes add up to the gradient that one process would have, whatever th
 
 import inspect
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -27,6 +29,9 @@ Parallel = Literal["none", "ddp", "fsdp"]
 # fp32 weights, gradients and AdamW's two moments take 16 bytes a parameter; the rest of a GPU is for activations.
 BYTES_A_PARAMETER = 16
 SHARE_FOR_PARAMETERS = 0.5
+
+# While the main process prepares a text, say, the others wait for it; a process that is lost is noticed at once.
+PATIENCE = timedelta(hours=6)
 
 
 # Tables of positions are buffers, the same everywhere; torch 2.13 gave the option that says so a new name.
@@ -59,6 +64,15 @@ def number_of_restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def launch_of_processes() -> dict[str, str]:
+    """Return what tells this launch by `torchrun` from others, restarts of it included; empty for a single process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return {}
+    identity = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    launcher = {"launcher": f"{platform.node()}:{os.getppid()}"}  # which stays when it starts its processes again
+    return launcher if identity == "none" else launcher | {"run_id": identity}
+
+
 def local_device(device: torch.device) -> torch.device:
     """Give each of the processes on one machine a GPU of its own, in the order that `torchrun` numbers them."""
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
@@ -81,7 +95,9 @@ def join_world(device: torch.device) -> Iterator[World]:
     # A name of its own for each start: after a restart the store still holds the addresses of the lost processes.
     store, rank, size = next(rendezvous("env://"))
     store = PrefixStore(f"start-{number_of_restarts()}", store)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE
+    )
     try:
         yield World(rank, size)
     except RuntimeError as error:
@@ -121,6 +137,10 @@ def on_main(world: World, action: Callable[[], Result]) -> Result:
             outcome[0] = action()
         except SheepopError as error:
             outcome[1] = error
+        except Exception as error:  # a defect: the others only need to know that it is over
+            if world.size > 1:
+                dist.broadcast_object_list([None, LostProcessError(f"The main process broke down: {error!r}")])
+            raise
     if world.size > 1:
         dist.broadcast_object_list(outcome)
     if outcome[1] is not None:

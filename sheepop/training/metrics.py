@@ -18,17 +18,26 @@ EVENTS_FILE = "events.jsonl"  # steps that were left out, and jumps of the loss
 class RunLog:
     """Appends lines to the run's JSONL files and tells the person at the terminal; other processes stay silent.
 
-    Lines after `step` are dropped on opening, so that a resumed run continues its own record without doubles.
+    Lines after `step` are dropped on opening, so that a resumed run continues its own record without doubles; with
+    `is_unfinished` also what was validated and sampled at it, which is done again.
     """
 
-    def __init__(self, run: Path, *, step: int, tensorboard: bool = False, is_silent: bool = False) -> None:
+    def __init__(
+        self,
+        run: Path,
+        *,
+        step: int,
+        is_unfinished: bool = False,
+        tensorboard: bool = False,
+        is_silent: bool = False,
+    ) -> None:
         self.run, self.is_silent = run, is_silent
         self._line_is_open = False
         self._tensorboard = None
         if is_silent:
             return
         for name in (METRICS_FILE, SAMPLES_FILE, EVENTS_FILE):
-            keep_lines_until(run / name, step)
+            keep_lines_until(run / name, step, is_unfinished=is_unfinished)
         if tensorboard:
             self._tensorboard = _open_tensorboard(run / "tensorboard", step)
 
@@ -97,15 +106,23 @@ class RunLog:
             self._tensorboard.close()
 
 
-def keep_lines_until(path: Path, step: int) -> None:
-    """Drop the lines of a JSONL file that belong to later steps, and a last line that was cut by a kill."""
+def keep_lines_until(path: Path, step: int, *, is_unfinished: bool = False) -> None:
+    """Drop the lines of a JSONL file that belong to later steps, and a last line that was cut by a kill.
+
+    Of an unfinished step itself the line of its training stays, and what happened in it; its validation and sample go.
+    """
+
+    def is_kept(record: dict[str, Any]) -> bool:
+        of_training = record.get("type") == "train" or "kind" in record
+        return bool(record["step"] < step + (not is_unfinished or of_training))
+
     if not path.exists():
         return
     kept = []
     # As bytes: a kill may have cut a character in two, and str.splitlines also splits at line ends that samples hold.
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            if line.endswith(b"\n") and is_kept(json.loads(line)):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue

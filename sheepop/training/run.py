@@ -1,8 +1,6 @@
 """Setting up a run: its folder, its text, its model; fresh or resumed."""
 
-import os
-import tempfile
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -13,24 +11,24 @@ from sheepop.data.packing import PackingPlan, open_plan
 from sheepop.data.prepare import prepare_on_the_way
 from sheepop.data.sampler import Sampler
 from sheepop.data.tokenizer import Tokenizer
-from sheepop.evaluation.plots import METRICS_FILE
-from sheepop.models.pretrained import read_settings
+from sheepop.models.pretrained import checkpoints_of, read_settings
 from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel
-from sheepop.training.checkpoint import find_resume, read_state, restore, sweep_leftovers
+from sheepop.training.checkpoint import read_state, resolve_resume, restore
 from sheepop.training.distributed import (
     World,
     choose_parallel,
     distribute,
     join_world,
     local_device,
-    number_of_restarts,
     on_main,
 )
 from sheepop.training.length import total_steps_without_clock
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.plan_advice import warn_if_too_large
 from sheepop.training.profiling import profile_steps
+from sheepop.training.run_folder import find_start, hold_folder, was_begun_by_this_launch
+from sheepop.training.saver import mark_best
 from sheepop.training.schedule import learning_rate_at
 from sheepop.training.state import Run, TrainingState
 from sheepop.training.trainer import train
@@ -95,23 +93,29 @@ def start_run(
     asked = load_config(file, preset=preset, overrides=overrides)
     device = local_device(resolve_device(asked.device))
     keep_freed_memory()
-    if resume is None and number_of_restarts():
-        resume = "auto"  # by torchrun, after a process was lost: it gives the same command again
-    with join_world(device) as world:
-        checkpoint = None
-        if resume is not None:
-            folder = Path(asked.training.save_dir)
-            checkpoint = on_main(world, lambda: find_resume(folder, resume))
-            if checkpoint is None and world.is_main:
-                log(f"There is no checkpoint in {folder} yet; starting from the beginning.")
-            if checkpoint is not None and file is None and preset is None:
-                asked = load_config(checkpoint / "config.json", overrides=_save_beside(checkpoint, resume) | overrides)
+    named = None if resume in (None, "auto") else resolve_resume(Path(str(resume)))
+    keeps_settings = file is None and preset is None
+    if named is not None and keeps_settings:
+        asked = load_config(named / "config.json", overrides={"training.save_dir": str(named.parent)} | overrides)
+    run_folder = Path(asked.training.save_dir)
+    with join_world(device) as world, ExitStack() as stack:
+
+        def enter_folder() -> Path | None:
+            goes_on = was_begun_by_this_launch(run_folder)
+            stack.enter_context(hold_folder(run_folder, resuming=goes_on or resume is not None))
+            if goes_on and checkpoints_of(run_folder):
+                return find_start(run_folder, named=None)
+            return find_start(run_folder, named=named) if resume is not None else None
+
+        checkpoint = on_main(world, enter_folder)
+        if checkpoint is not None and named is None and keeps_settings:
+            asked = load_config(
+                checkpoint / "config.json", overrides={"training.save_dir": str(run_folder)} | overrides
+            )
         if not asked.data.path:
             raise ConfigError(
                 "There is no text to train on: name files, folders or a prepared folder with --data PATH."
             )
-        run_folder = Path(asked.training.save_dir)
-        on_main(world, lambda: claim_folder(run_folder, resuming=resume is not None))
         corpus = open_text(asked, world)
         on_main(world, lambda: warn_if_too_large(asked, corpus, device))
         run = set_up(asked, corpus, device=device, world=world)
@@ -123,29 +127,6 @@ def start_run(
         with profile_steps(run_folder, device) if profile and world.is_main else nullcontext():
             train(run)
     return run_folder
-
-
-def claim_folder(folder: Path, *, resuming: bool) -> None:
-    """Make the run's folder, or make sure that it can be gone on with.
-
-    Raises:
-        ConfigError: it holds another run, is a file, or cannot be written to.
-    """
-    if not resuming and ((folder / METRICS_FILE).exists() or any(folder.glob("checkpoint_*"))):
-        raise ConfigError(
-            f"The output folder {folder} already holds a run. Go on with it by --resume auto, or choose another folder "
-            "with --output; nothing in it was changed."
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = "it is a file" if folder.is_file() else os.strerror(error.errno or 0)
-        raise ConfigError(
-            f"The output folder {folder} cannot be written to ({reason}). Choose another one with --output."
-        ) from None
-    sweep_leftovers(folder)
 
 
 def open_text(config: Config, world: World) -> Corpus:
@@ -311,6 +292,12 @@ def resume_from(run: Run, checkpoint: Path, *, accept_changes: bool) -> None:
             "of an undisturbed run. Set them back, or say --accept-changes to go on with the new ones."
         )
     if length_changes:
+        total_steps = total_steps_without_clock(run.config.training, run.sampler.steps_per_epoch)
+        if total_steps is not None and total_steps < state.step:
+            raise ConfigError(
+                f"The run is to have {total_steps} steps ({'; '.join(length_changes)}), but {checkpoint} has made "
+                f"{state.step} already. Give it more, or go on from an earlier checkpoint."
+            )
         if not accept_changes and not keeps_the_past(before, run, state):
             raise ConfigError(
                 f"The length of the run changes ({'; '.join(length_changes)}), and with schedule "
@@ -318,12 +305,16 @@ def resume_from(run: Run, checkpoint: Path, *, accept_changes: bool) -> None:
                 "rates in a run of the new length. Say --accept-changes to go on all the same; schedules constant and, "
                 "before its decay, wsd can be made longer without this."
             )
-        warn(f"the length of the run changes ({'; '.join(length_changes)}); the schedule follows the new length")
+        if run.world.is_main:
+            warn(f"the length of the run changes ({'; '.join(length_changes)}); the schedule follows the new length")
         state.total_steps = 0
     restore(checkpoint, run.model, run.optimizer)
+    if run.world.is_main and state.best_step == state.step and checkpoint.parent == run.folder:
+        mark_best(run.folder, checkpoint.name, state)  # a kill may have come between the checkpoint and its pointer
     state.data_fingerprint = run.state.data_fingerprint
     run.state = state
-    log(f"resumed from {checkpoint} after step {state.step}")
+    if run.world.is_main:
+        log(f"resumed from {checkpoint} after step {state.step}")
 
 
 def keeps_the_past(before: Config, run: Run, state: TrainingState) -> bool:
@@ -382,11 +373,6 @@ def describe(run: Run) -> None:
             f"{run.world.size} processes share {shares} micro-batch(es) a step, so some wait for others; make "
             "training.gradient_accumulation_steps a multiple of the number of processes"
         )
-
-
-def _save_beside(checkpoint: Path, resume: str) -> dict[str, object]:
-    """A run that resumes a named checkpoint without other settings goes on in that checkpoint's own folder."""
-    return {} if resume == "auto" else {"training.save_dir": str(checkpoint.parent)}
 
 
 def _flatten(nested: dict[str, object], prefix: str = "") -> dict[str, object]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from sheepop.models.pretrained import BEST_POINTER, LATEST_POINTER, follow_pointer
 from sheepop.training.checkpoint import Snapshot, checkpoint_name, save_checkpoint, take_snapshot
 from sheepop.training.distributed import on_main
-from sheepop.training.state import Run
+from sheepop.training.state import Run, TrainingState
 from sheepop.utils.files import write_json
 
 
@@ -78,8 +78,7 @@ class Saver:
     def _tidy(self, name: str, snapshot: Snapshot, *, is_best: bool) -> None:
         run, training = self.run.folder, self.run.config.training
         if is_best:
-            assert snapshot.state.best_loss is not None
-            mark_best(run, name, step=snapshot.state.step, loss=snapshot.state.best_loss)
+            mark_best(run, name, snapshot.state)
         prune_step_checkpoints(run, keep_last=training.keep_last, keep_every=training.keep_every)
 
     def __enter__(self) -> "Saver":
@@ -92,9 +91,9 @@ class Saver:
             self._thread.join()
 
 
-def mark_best(run: Path, name: str, *, step: int, loss: float) -> None:
-    """Point `best.json` at the checkpoint with the lowest validation loss so far."""
-    write_json(run / BEST_POINTER, {"checkpoint": name, "step": step, "loss": loss})
+def mark_best(run: Path, name: str, state: TrainingState) -> None:
+    """Point `best.json` at the checkpoint with the lowest validation loss so far, which `state` belongs to."""
+    write_json(run / BEST_POINTER, {"checkpoint": name, "step": state.step, "loss": state.best_loss})
 
 
 def prune_step_checkpoints(run: Path, *, keep_last: int, keep_every: int | None = None) -> None:

@@ -36,6 +36,7 @@ class TrainingState:
     tokens: int = 0
     elapsed_seconds: float = 0.0
     best_loss: float | None = None
+    best_step: int | None = None
     is_unfinished: bool = False
     loss_scale: LossScale = field(default_factory=LossScale)
     guard: Guard = field(default_factory=Guard)

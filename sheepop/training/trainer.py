@@ -19,7 +19,7 @@ from sheepop.training.state import Run
 from sheepop.training.step import StepResult, train_step
 from sheepop.training.validation import log_validation, sample_text, validate
 from sheepop.utils.devices import peak_flops
-from sheepop.utils.errors import Interrupted, NonFiniteError
+from sheepop.utils.errors import CheckpointError, Interrupted, NonFiniteError
 from sheepop.utils.logging import format_duration, warn
 
 
@@ -46,7 +46,13 @@ def train(run: Run) -> None:
     interval_tokens, interval_seconds = 0, 0.0
     elapsed_before, started = state.elapsed_seconds, time.perf_counter()
 
-    run_log = RunLog(run.folder, step=state.step, tensorboard=training.tensorboard, is_silent=not run.world.is_main)
+    run_log = RunLog(
+        run.folder,
+        step=state.step,
+        is_unfinished=state.is_unfinished,
+        tensorboard=training.tensorboard,
+        is_silent=not run.world.is_main,
+    )
     with run_log, stop_signals() as stop, Saver(run) as saver:
         model.train()
         if state.is_unfinished:
@@ -62,7 +68,7 @@ def train(run: Run) -> None:
                 leave(run, saver, stop)
             if not result.is_updated or result.verdict == "spike":
                 deal_with_bad_step(run, run_log, saver, result)
-            if run.precision.needs_loss_scaling:
+            if run.precision.needs_loss_scaling and (result.is_updated or result.overflowed):
                 state.loss_scale.update(overflowed=result.overflowed)
             if not result.overflowed:
                 state.guard.note(result.verdict, result.loss, is_updated=result.is_updated)
@@ -135,12 +141,15 @@ def finish_step(run: Run, run_log: RunLog, saver: Saver, stop: StopRequest) -> N
         except StopAsked:
             leave(run, saver, stop)
         state.elapsed_seconds += time.perf_counter() - validation_started
-        is_best = state.best_loss is None or scores.loss < state.best_loss
+        is_best = math.isfinite(scores.loss) and (state.best_loss is None or scores.loss < state.best_loss)
         if is_best:
-            state.best_loss = scores.loss
+            state.best_loss, state.best_step = scores.loss, state.step
         log_validation(run, run_log, scores)
     if training.sample_tokens and (state.step % sample_interval == 0 or is_last):
-        run_log.sample(step=state.step, prompt=training.sample_prompt, text=sample_text(run))
+        try:
+            run_log.sample(step=state.step, prompt=training.sample_prompt, text=sample_text(run))
+        except CheckpointError:  # scores of the next token that are not finite; the next step's loss will say so
+            run_log.say(f"warning: at step {state.step} the model's scores are not finite, so there is no sample")
     state.is_unfinished = False
     is_due = training.save_interval is not None and state.step % training.save_interval == 0
     if ends_epoch or is_due or is_best or is_last:
@@ -195,5 +204,6 @@ def deal_with_bad_step(run: Run, run_log: RunLog, saver: Saver, result: StepResu
         f"At step {number} {what}, so the step was not made{in_a_row} and training stopped. The last good state is "
         f"saved in {run.folder}. Usually the learning rate is too high ({training.learning_rate}): try a third of it, "
         "a longer warm-up, or precision fp32, and go on with --resume auto --accept-changes; or leave such steps out "
-        "with --training.on_bad_numbers skip."
+        "with --training.on_bad_numbers skip. If the next step is bad again, earlier ones have spoiled the weights: go "
+        "on from an earlier checkpoint (--resume PATH) into another folder (--output)."
     )

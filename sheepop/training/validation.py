@@ -5,7 +5,7 @@ from collections.abc import Callable
 from sheepop.evaluation.perplexity import Scores, bits_per_byte, evaluate_tokens, perplexity
 from sheepop.generation.completion import complete
 from sheepop.generation.sampling import SamplingSettings
-from sheepop.training.distributed import release_gathered_weights
+from sheepop.training.distributed import on_main, release_gathered_weights
 from sheepop.training.metrics import RunLog
 from sheepop.training.state import Run
 
@@ -16,12 +16,12 @@ def validate(run: Run, before_batch: Callable[[], None] | None = None) -> Scores
     """Score the validation split, or an even spread of `eval_max_tokens` of it, the same at every call.
 
     Args:
-        run: whose model is scored; every process scores all of it, and gets the same.
+        run: whose model is scored; every process scores all of it, and gets what the main one found.
         before_batch: as in `evaluate_tokens`.
     """
     config = run.config
     try:
-        return evaluate_tokens(
+        scores = evaluate_tokens(
             run.model,
             run.corpus.split("val").tokens,
             context=config.data.max_length,
@@ -34,6 +34,8 @@ def validate(run: Run, before_batch: Callable[[], None] | None = None) -> Scores
         )
     finally:
         release_gathered_weights(run.model)
+    # What follows from the scores must be the same everywhere, and unlike processors round differently.
+    return on_main(run.world, lambda: scores)
 
 
 def log_validation(run: Run, run_log: RunLog, scores: Scores) -> None:

@@ -20,8 +20,9 @@ from sheepop.config import LENGTH_KEYS, Config, load_config
 from sheepop.data.prepare import prepare_on_the_way
 from sheepop.evaluation.plots import METRICS_FILE
 from sheepop.evaluation.report import SAMPLES_FILE
-from sheepop.models.pretrained import WEIGHTS_FILE, read_tensors
+from sheepop.models.pretrained import BEST_POINTER, LATEST_POINTER, WEIGHTS_FILE, read_tensors
 from sheepop.training.checkpoint import OPTIMIZER_FILE, find_resume, read_state
+from sheepop.training.metrics import EVENTS_FILE
 from sheepop.utils.errors import CheckpointError, ConfigError, SheepopError
 from sheepop.utils.files import write_json
 from sheepop.utils.logging import log
@@ -36,8 +37,8 @@ def prove_resume(
 ) -> dict[str, Any]:
     """Train `steps` steps twice, once with interruptions, and compare every weight, moment, metric and sample.
 
-    The length of the run is `steps`, whatever the settings say, a checkpoint is written every third of that, and every
-    step is logged; all else is as in the settings.
+    The length of the run is `steps`, whatever the settings say, a checkpoint is written every quarter of that, and
+    every step is logged; all else is as in the settings.
 
     Args:
         file: settings file, see `load_config`.
@@ -102,7 +103,7 @@ def format_verdict(result: dict[str, Any]) -> str:
     ]
     for row in result["compared"]:
         difference = "" if row["equal"] == row["count"] else f"; largest difference {row['largest_difference']:.3g}"
-        lines.append(f"{row['what']:>20}: {row['equal']} of {row['count']} equal bit for bit{difference}")
+        lines.append(f"{row['what']:>22}: {row['equal']} of {row['count']} equal bit for bit{difference}")
     if result["equal"]:
         lines.append(f"Proved: {result['steps']} steps with interruptions equal {result['steps']} steps without.")
     else:
@@ -182,13 +183,17 @@ def compare_runs(straight: Path, interrupted: Path) -> list[dict[str, Any]]:
     rows = []
     for what, file in (("weights", WEIGHTS_FILE), ("optimizer's moments", OPTIMIZER_FILE)):
         expected, found = read_tensors(one / file), read_tensors(other / file)
-        differences = [
-            (expected[name].double() - found[name].double()).abs().max().item() if name in found else float("inf")
-            for name in expected
-        ]
-        equal = sum(name in found and expected[name].equal(found[name]) for name in expected)
-        rows.append(_row(what, len(expected), equal, max(differences, default=0.0)))
-    for what, file in (("lines of metrics", METRICS_FILE), ("samples", SAMPLES_FILE)):
+        names, both = expected.keys() | found.keys(), expected.keys() & found.keys()
+        differences = [(expected[name].double() - found[name].double()).abs().max().item() for name in both]
+        equal = sum(expected[name].equal(found[name]) for name in both)
+        rows.append(_row(what, len(names), equal, max(differences, default=0.0)))
+    for what, file in (
+        ("lines of metrics", METRICS_FILE),
+        ("samples", SAMPLES_FILE),
+        ("events", EVENTS_FILE),
+        ("pointer to the latest", LATEST_POINTER),
+        ("pointer to the best", BEST_POINTER),
+    ):
         records, others = (_records(run / file) for run in (straight, interrupted))
         pairs = list(zip(records, others, strict=False))
         losses = [abs(a["loss"] - b["loss"]) for a, b in pairs if a.get("loss") and b.get("loss")]
@@ -202,7 +207,10 @@ def compare_runs(straight: Path, interrupted: Path) -> list[dict[str, Any]]:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    lines = [text] if path.suffix == ".json" else text.split("\n")[:-1]
     return [{key: value for key, value in json.loads(line).items() if key not in CLOCK_KEYS} for line in lines]
 
 

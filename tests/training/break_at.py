@@ -3,14 +3,15 @@
     python break_at.py WHAT FUNCTION NTH ARGUMENTS…
 
 FUNCTION is named by its module; WHAT happens at its NTH call: `kill-before`, `kill-after` and `kill-middle` (half of
-what it wrote stays) end the process by SIGKILL; `nan` and `inf` spoil the number that it returns. Of several
-processes, it happens in the last one.
+what it wrote stays) end the process by SIGKILL; `nan` and `inf` spoil the number that it returns, `hang` lets
+it wait for a minute. Of several processes, it happens in the last one.
 """
 
 import os
 import pkgutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 
@@ -30,6 +31,11 @@ def main() -> None:
         is_moment = calls == int(nth)
         if is_moment and what == "kill-before":
             os.kill(os.getpid(), signal.SIGKILL)
+        if is_moment and what == "hang":
+            print("hanging", file=sys.stderr, flush=True)
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                time.sleep(1)
         path = next((value for value in values if isinstance(value, Path)), Path())
         size_before = path.stat().st_size if path.is_file() else 0
         result = original(*values, **options)
@@ -37,7 +43,7 @@ def main() -> None:
             os.truncate(path, (size_before + path.stat().st_size) // 2)
         if is_moment and what.startswith("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return result * float(what) if is_moment else result  # a number times nan or inf
+        return result * float(what) if is_moment and what in ("nan", "inf") else result
 
     if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
         setattr(owner, name, breaking)

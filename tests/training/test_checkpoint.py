@@ -149,7 +149,7 @@ def test_auto_with_nothing_to_resume_and_with_damaged_ones_only(tmp_path, save_s
 def test_a_run_folder_means_its_latest_checkpoint(tmp_path, save_step):
     for step in (3, 8):
         save_step(tmp_path, step)
-    mark_best(tmp_path, "checkpoint_step_3", step=3, loss=1.0)
+    mark_best(tmp_path, "checkpoint_step_3", read_state(tmp_path / "checkpoint_step_3"))
     assert find_resume(Path("elsewhere"), str(tmp_path)) == tmp_path / "checkpoint_step_8"
 
 
@@ -158,7 +158,7 @@ def test_pruning_keeps_the_last_ones_the_epochs_the_best_and_the_latest(tmp_path
     for step in (2, 4, 9, 10, 12):
         save_step(tmp_path, step)
     save_step(tmp_path, 1)  # the latest to be written
-    mark_best(tmp_path, "checkpoint_step_4", step=4, loss=1.0)
+    mark_best(tmp_path, "checkpoint_step_4", read_state(tmp_path / "checkpoint_step_4"))
     prune_step_checkpoints(tmp_path, keep_last=2)
     left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert left == {

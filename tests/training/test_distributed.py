@@ -1,9 +1,11 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,16 +34,16 @@ def read_metrics(run, kind):
     return [line for line in lines if line["type"] == kind]
 
 
-def torchrun(num_processes, *command, restarts=0):
+def torchrun(num_processes, *command, restarts=0, program=("-m", "sheepop")):
     """Start `sheepop` in several processes on this machine."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     restart = ["--max-restarts", str(restarts)] if restarts else []
     return subprocess.Popen(
-        [sys.executable, *launcher, *restart, "-m", "sheepop", *map(str, command)],
+        [sys.executable, *launcher, *restart, *map(str, (*program, *command))],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
     )
 
 
@@ -65,6 +67,7 @@ def assert_same_within_rounding(alone, together, last):
         for step, line in expected.items():
             assert found[step]["tokens"] == line["tokens"]
             assert found[step]["loss"] == pytest.approx(line["loss"], rel=1e-5)
+            assert found[step].get("grad_norm", 0) == pytest.approx(line.get("grad_norm", 0), rel=1e-3)
     weights, same = (load_file(run / last / "model.safetensors") for run in (alone, together))
     for name, tensor in weights.items():
         torch.testing.assert_close(same[name], tensor, rtol=0, atol=2e-5, msg=name)
@@ -161,13 +164,41 @@ def test_a_lost_process_ends_the_run_and_a_restart_finishes_it(tmp_path, alone):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_and_resume_is_exact(tmp_path, alone):
-    run = tmp_path / "run"
-    command = ["train", "--config", alone / "config.json", "--output", run]
-    process = torchrun(2, *command)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_signal_to_one_process_stops_all_and_resume_is_exact(tmp_path, alone, parallel):
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    command = ["train", "--config", alone / "config.json", "--training.parallel", parallel, "--output"]
+    finish(torchrun(2, *command, straight))
+    process = torchrun(2, *command, run)
     wait_for_step(run, 5, process)
     os.kill(children_of(process)[-1], signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert "Stopped by a signal after step" in errors
+    finish(torchrun(2, *command, run, "--resume", "auto"))
+    weights, same = (load_file(path / "checkpoint_step_50/model.safetensors") for path in (straight, run))
+    assert all(tensor.equal(same[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.slow
+def test_a_restart_does_not_go_on_with_a_run_that_is_not_its_own(tmp_path, alone):
+    run = tmp_path / "run"
+    shutil.copytree(alone, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    process = torchrun(2, "train", "--config", alone / "config.json", "--output", run, restarts=1)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "already holds a run" in errors
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_never_made_a_step_goes_on(tmp_path, alone):
+    run = tmp_path / "run"
+    command = ["train", "--config", alone / "config.json", "--training.parallel", "fsdp", "--output", run]
+    first_loss = [Path(__file__).with_name("break_at.py"), "nan", "sheepop.training.step.summed_cross_entropy", 1]
+    process = torchrun(2, *command, program=first_loss)
+    _, errors = process.communicate(timeout=120)
+    assert "At step 1 the loss was nan" in errors
+    assert (run / "checkpoint_step_0/training_state/sharded").is_dir()
     finish(torchrun(2, *command, "--resume", "auto"))
     assert_same_within_rounding(alone, run, "checkpoint_step_50")

@@ -78,9 +78,12 @@ def gather_all(
     parts = [
         part for unit, report in zip(units, reports, strict=True) for part in parts_of(unit, work, report["parts"])
     ]
-    indices = [np.load(part.index) for part in parts]
-    sizes = [index["bytes"].astype(np.int64) for index in indices]
-    sources = [np.full(len(size), part.source, np.uint16) for part, size in zip(parts, sizes, strict=True)]
+    hashes, sizes, sources = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], [np.zeros(0, np.uint16)]
+    for part in parts:
+        with np.load(part.index) as index:
+            hashes.append(index["hashes"])
+            sizes.append(index["bytes"])
+        sources.append(np.full(len(sizes[-1]), part.source, np.uint16))
     dropped: dict[str, Dropped] = {}
     encodings: dict[str, int] = {}
     for report in reports:
@@ -93,10 +96,10 @@ def gather_all(
         warn(f"{len(skipped)} file(s) or folder(s) could not be read and were left out:\n  " + "\n  ".join(skipped))
     return Gathered(
         parts=parts,
-        part_sizes=[len(size) for size in sizes],
-        hashes=np.concatenate([np.zeros(0, np.uint64), *(index["hashes"] for index in indices)]),
-        sizes=np.concatenate([np.zeros(0, np.int64), *sizes]),
-        source_of=np.concatenate([np.zeros(0, np.uint16), *sources]),
+        part_sizes=[len(size) for size in sizes[1:]],
+        hashes=np.concatenate(hashes),
+        sizes=np.concatenate(sizes),
+        source_of=np.concatenate(sources),
         files=[file for report in reports for file in report["files"]],
         skipped=skipped,
         encodings=encodings,

@@ -18,6 +18,7 @@ from sheepop.data.characters import SPACE, SURROGATE, UNASSIGNED, UNSEEN, charac
 # depend on the side.
 LONG_LINE = 60
 EVERY, WHICH = 8, 3
+BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)  # of each byte
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,15 @@ class Batch:
         """Return how many of the sorted places are inside of each document, (D,)."""
         return np.diff(np.searchsorted(places, self.ends), prepend=0)
 
+    def _count_flags(self, flags: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Return how many of the flags, one a byte, are set in each document, (D,); for many, this beats `_count`."""
+        eights = np.packbits(flags, bitorder="little")
+        before = np.concatenate(([0], np.cumsum(BITS_SET[eights], dtype=np.int64)))
+        full, rest = np.divmod(self.ends, 8)
+        begun = np.concatenate((eights, [0]))[full] & ((1 << rest) - 1)
+        counts: NDArray[np.int64] = np.diff(before[full] + BITS_SET[begun], prepend=0)
+        return counts
+
     def _has_class(self, wanted: int) -> NDArray[np.bool_]:
         first, _, classes = self._beyond
         return self._has(first[classes & wanted != 0])
@@ -89,7 +99,7 @@ class Batch:
         begins_word = ~is_space
         begins_word[1:] &= is_space[:-1]
         begins_word[self.begins] = ~is_space[self.begins]
-        return self._count(np.flatnonzero(begins_word))
+        return self._count_flags(begins_word)
 
     def hashes(self) -> NDArray[np.uint64]:
         """Return `duplicates.content_hash` of each document, (D,)."""

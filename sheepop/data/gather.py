@@ -1,20 +1,20 @@
-"""Files → cleaned documents in a working folder, in parts that fit into memory.
+"""Files → cleaned documents in a working folder, in parts that fit into memory, encoded where the tokenizer is given.
 
-A unit is a run of neighbouring files, read by one worker; what it yields is cut into parts. A part is a file of texts
-behind each other and an `.npz` of one entry a document, and of the lines that leakage is looked for by, so that nothing
-but encoding reads the texts again. A unit is named for all that its content follows from, and its
-`.json` is written last: where that stands, the work is done, by this run, by one that was killed, or by one that had
-fewer files.
+A unit is a run of neighbouring files, read by one worker; what it yields is cut into parts (`parts.py`). A unit is
+named for all that its content follows from, and its `.json` is written last: where that stands, the work is done, by
+this run, by one that was killed, or by one that had fewer files.
+
+Where a tokenizer is given, documents are encoded while they are at hand, and their text is not kept: the few texts that
+are asked for later are read from the files again. One that is yet to be trained needs the text twice, so it is kept.
 """
 
 import hashlib
-import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,17 +22,20 @@ from numpy.typing import NDArray
 from sheepop.data.batch import Batch
 from sheepop.data.cleaning import Cleaning, clean
 from sheepop.data.documents import RawDocument, raw_documents_of_file
-from sheepop.data.duplicates import minhash_signature
+from sheepop.data.duplicates import content_hash
 from sheepop.data.filters import FilterSettings, reason_to_drop
+from sheepop.data.parts import Part, PartWriter, Unit, read_kept
 from sheepop.data.pii import replace_pii
+from sheepop.data.shards import encode_documents, load_tokenizer
 from sheepop.utils.errors import ChangedError, DataError
 from sheepop.utils.files import read_json, sha256_of_file, to_json, write_json
 
 UNIT_BYTES = 16_000_000  # of files that one worker reads
-PART_BYTES = 16_000_000  # of text that one worker encodes
+PART_BYTES = 16_000_000  # of text
 BATCH_BYTES = 1_000_000  # of text that is looked at together: as much as a core's cache holds
 FILES_A_UNIT = 64  # on average, where files are small
-GATHER_VERSION = 3  # to be raised when the same files and settings give other documents or parts
+GATHER_VERSION = 4  # to be raised when the same files and settings give other documents or parts
+GIVEN_TOKENIZER = "given.json"  # in the working folder, where a trained one has another name
 EXAMPLES = 3  # of what each filter dropped
 EXAMPLE_CHARACTERS = 120
 
@@ -47,6 +50,7 @@ class GatherSettings:
         filters: which documents are dropped.
         find_near_duplicates: whether signatures are needed.
         strict: a file that cannot be read is an error, not skipped.
+        tokenizer: fingerprint of the one in the working folder that documents are encoded with; None keeps their text.
     """
 
     separator: str | None
@@ -54,26 +58,7 @@ class GatherSettings:
     filters: FilterSettings = field(default_factory=FilterSettings)
     find_near_duplicates: bool = False
     strict: bool = False
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Neighbouring files of one source; those that the user named must be readable."""
-
-    name: str
-    source: int
-    paths: tuple[Path, ...]
-    named: bool
-
-
-@dataclass(frozen=True)
-class Part:
-    """Documents of a unit, behind each other in `text`, with one entry each in `index`; `report` is the unit's."""
-
-    source: int
-    text: Path
-    index: Path
-    report: Path
+    tokenizer: str | None = None
 
 
 @dataclass
@@ -105,6 +90,16 @@ class Dropped:
         self.documents += other.documents
         self.bytes += other.bytes
         self.examples = (self.examples + other.examples)[:EXAMPLES]
+
+
+@dataclass
+class Found:
+    """What reading a unit found, beside its documents."""
+
+    files: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    encodings: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, Dropped] = field(default_factory=dict)
 
 
 def units_of(files: Sequence[Path], sources: Sequence[Path], settings: GatherSettings) -> list[Unit]:
@@ -149,32 +144,35 @@ def gather(unit: Unit, folder: Path, settings: GatherSettings) -> None:
     report = folder / f"{unit.name}.json"
     if report.exists():
         return
-    files: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    dropped: dict[str, Dropped] = {}
-    encodings: dict[str, int] = {}
-    parts = _PartWriter(folder, unit.name, settings.find_near_duplicates)
+    tokenizer = load_tokenizer(folder / GIVEN_TOKENIZER, settings.tokenizer) if settings.tokenizer else None
+    found = Found()
+    parts = PartWriter(unit, folder, PART_BYTES, with_signatures=settings.find_near_duplicates)
+    for documents, batch in _read(unit, settings, found):
+        encoded = None
+        if tokenizer:
+            encoded = encode_documents(tokenizer, [document.raw for document in documents], batch.has_unassigned())
+        parts.add(documents, batch, encoded)
+    parts.close()
+    write_json(report, {"parts": parts.documents, "names": list(parts.names)} | asdict(found))
+
+
+def _read(unit: Unit, settings: GatherSettings, found: Found) -> Iterator[tuple[Sequence[RawDocument], Batch]]:
+    """Yield the documents of a unit as they go on, about a megabyte at a time; adds to `found`."""
     waiting: list[RawDocument] = []
     waiting_bytes = 0
-
-    def take() -> None:
-        nonlocal waiting, waiting_bytes
-        if waiting:
-            parts.add(*_clean_and_filter(waiting, settings, dropped))
-        waiting, waiting_bytes = [], 0
-
     for path in unit.paths:
         try:
             documents = raw_documents_of_file(
-                path, separator=settings.separator, strict=settings.strict, skipped=skipped
+                path, separator=settings.separator, strict=settings.strict, skipped=found.skipped
             )
             for document in documents:
-                encodings[document.encoding] = encodings.get(document.encoding, 0) + 1
+                found.encodings[document.encoding] = found.encodings.get(document.encoding, 0) + 1
                 waiting.append(document)
                 waiting_bytes += len(document.raw)
                 if waiting_bytes >= min(BATCH_BYTES, PART_BYTES):
-                    take()
-            files.append({"path": str(path), "bytes": path.stat().st_size, "sha256": sha256_of_file(path)})
+                    yield from _clean_and_filter(waiting, settings, found.dropped)
+                    waiting, waiting_bytes = [], 0
+            found.files.append({"path": str(path), "bytes": path.stat().st_size, "sha256": sha256_of_file(path)})
         except FileNotFoundError:
             raise ChangedError(f"{path} went away while it was read. Run the command again.") from None
         except ChangedError:
@@ -182,29 +180,19 @@ def gather(unit: Unit, folder: Path, settings: GatherSettings) -> None:
         except DataError as error:
             if unit.named or settings.strict:
                 raise
-            skipped.append(str(error))
-    take()
-    parts.close()
-    write_json(
-        report,
-        {
-            "parts": parts.number,
-            "names": list(parts.names),
-            "files": files,
-            "skipped": skipped,
-            "encodings": encodings,
-            "dropped": {reason: vars(what) for reason, what in dropped.items()},
-        },
-    )
+            found.skipped.append(str(error))
+    yield from _clean_and_filter(waiting, settings, found.dropped)
 
 
 def _clean_and_filter(
     documents: Sequence[RawDocument], settings: GatherSettings, dropped: dict[str, Dropped]
-) -> tuple[Sequence[RawDocument], Batch]:
-    """Return the documents as they go on, also as a batch; what needs neither cleaning nor filters is never decoded.
+) -> Iterator[tuple[Sequence[RawDocument], Batch]]:
+    """Yield the documents as they go on, also as a batch, unless none is left.
 
-    None of the given ones is empty.
+    None of the given ones is empty. What needs neither cleaning nor filters is never decoded.
     """
+    if not documents:
+        return
     batch = Batch.of([document.raw for document in documents])
     if settings.cleaning == "repair" or settings.filters != FilterSettings():
         is_unusual = np.ones(len(documents), dtype=bool)
@@ -213,7 +201,8 @@ def _clean_and_filter(
         if settings.cleaning == "standard":
             is_unusual |= batch.may_need_cleaning()
     if not is_unusual.any():
-        return documents, batch
+        yield documents, batch
+        return
     kept = []
     for document, unusual in zip(documents, is_unusual.tolist(), strict=True):
         if not unusual:
@@ -227,7 +216,8 @@ def _clean_and_filter(
             dropped.setdefault(reason, Dropped()).add(document.text, document.source)
         else:
             kept.append(document._replace(raw=text.encode("utf-8")))
-    return kept, Batch.of([document.raw for document in kept])
+    if kept:
+        yield kept, Batch.of([document.raw for document in kept])
 
 
 def _reason_to_drop(text: str, filters: FilterSettings) -> str | None:
@@ -238,58 +228,6 @@ def _reason_to_drop(text: str, filters: FilterSettings) -> str | None:
     except UnicodeEncodeError:
         return "half of a surrogate pair"
     return reason_to_drop(text, filters)
-
-
-class _PartWriter:
-    """Texts into files of about `PART_BYTES`, what is known of each document beside them."""
-
-    def __init__(self, folder: Path, unit: str, with_signatures: bool) -> None:
-        self.folder, self.unit, self.number, self.with_signatures = folder, unit, 0, with_signatures
-        self.names: dict[str, int] = {}  # where documents come from, numbered
-        self._file: BinaryIO | None = None
-        self._columns: dict[str, list[NDArray[Any]]] = {}
-        self._bytes = self._documents = 0
-
-    def add(self, documents: Sequence[RawDocument], batch: Batch) -> None:
-        """Write documents, given as a batch too, and close the part when it is full."""
-        if not documents:
-            return
-        names = [self.names.setdefault(document.source, len(self.names)) for document in documents]
-        lines, line_documents = batch.long_lines()
-        columns: dict[str, NDArray[Any]] = {
-            "bytes": batch.ends - batch.begins,
-            "characters": batch.characters(),
-            "words": batch.words(),
-            "hashes": batch.hashes(),
-            "has_unassigned": batch.has_unassigned(),
-            "names": np.array(names),
-            "lines": lines,
-            "line_documents": line_documents + self._documents,
-        }
-        if self.with_signatures:
-            columns["signatures"] = np.stack([minhash_signature(document.text) for document in documents])
-        for name, column in columns.items():
-            self._columns.setdefault(name, []).append(column)
-        if self._file is None:
-            self._file = self._path(".text").open("wb")
-        self._file.write(batch.raw)
-        self._bytes += len(batch.raw)
-        self._documents += len(documents)
-        if self._bytes >= PART_BYTES:
-            self.close()
-
-    def close(self) -> None:
-        """End the part that is begun, if any."""
-        if self._file is None:
-            return
-        self._file.close()
-        arrays: dict[str, Any] = {name: np.concatenate(columns) for name, columns in self._columns.items()}
-        np.savez(self._path(".npz"), **arrays)
-        self.number += 1
-        self._file, self._columns, self._bytes, self._documents = None, {}, 0, 0
-
-    def _path(self, ending: str) -> Path:
-        return (self.folder / f"{self.unit}-{self.number:06d}").with_suffix(ending)
 
 
 def forget_others(units: Sequence[Unit], folder: Path) -> None:
@@ -306,34 +244,31 @@ def read_report(unit: Unit, folder: Path) -> dict[str, Any]:
     return read_json(folder / f"{unit.name}.json", DataError)
 
 
-def parts_of(unit: Unit, folder: Path, number: int) -> list[Part]:
-    """Return a gathered unit's `number` parts, in order."""
-    names = [folder / f"{unit.name}-{n:06d}" for n in range(number)]
-    report = folder / f"{unit.name}.json"
-    return [Part(unit.source, name.with_suffix(".text"), name.with_suffix(".npz"), report) for name in names]
+def parts_of(unit: Unit, folder: Path, documents: Sequence[int]) -> list[Part]:
+    """Return a gathered unit's parts, which hold so many documents each, in order."""
+    return [Part(unit, folder, number, sum(documents[:number])) for number in range(len(documents))]
 
 
-def read_names(part: Part) -> list[str]:
-    """Return for each of a part's documents where it comes from."""
-    names = read_json(part.report, DataError)["names"]
-    return [names[number] for number in np.load(part.index)["names"].tolist()]
+def read_texts(
+    part: Part, settings: GatherSettings, wanted: NDArray[np.bool_] | None = None
+) -> Iterator[tuple[int, str]]:
+    """Yield the number and text of a part's documents, all or those that are wanted.
 
-
-def read_texts(part: Part, wanted: NDArray[np.bool_] | None = None) -> Iterator[tuple[int, str]]:
-    """Yield the number and text of a part's documents, all or those that are wanted."""
-    for number, raw in read_raw(part, wanted):
-        yield number, raw.decode("utf-8")
-
-
-def read_raw(part: Part, wanted: NDArray[np.bool_] | None = None) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and UTF-8 of a part's documents, all or those that are wanted."""
-    sizes = np.load(part.index)["bytes"]
-    ends = np.cumsum(sizes)
-    with part.text.open("rb", buffering=BATCH_BYTES) as file:
-        at = 0
-        for number, (size, end) in enumerate(zip(sizes.tolist(), ends.tolist(), strict=True)):
-            if wanted is None or wanted[number]:
-                if at != end - size:
-                    file.seek(end - size - at, os.SEEK_CUR)
-                yield number, file.read(size)
-                at = end
+    Raises:
+        ChangedError: the text was not kept, and is not any more what its file holds.
+    """
+    if settings.tokenizer is None:
+        for number, raw in read_kept(part, wanted):
+            yield number, raw.decode("utf-8")
+        return
+    hashes = np.load(part.index)["hashes"].tolist()
+    number = -part.first
+    for documents, _ in _read(part.unit, settings, Found()):
+        for document in documents:
+            if number >= 0 and (wanted is None or wanted[number]):
+                if content_hash(document.text) != hashes[number]:
+                    raise ChangedError(f"{document.source} changed after it was read. Run the command again.")
+                yield number, document.text
+            number += 1
+            if number == len(hashes):
+                return

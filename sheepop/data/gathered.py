@@ -1,6 +1,6 @@
 """All documents of the sources, from their parts: what planning needs to know of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 from sheepop.data.gather import (
     Dropped,
     GatherSettings,
-    Part,
-    Unit,
     gather,
     parts_of,
-    read_names,
     read_report,
     read_texts,
 )
+from sheepop.data.parts import Part, Unit, read_names
 from sheepop.data.workers import parallel_map, tell_progress
 from sheepop.utils.logging import warn
 
@@ -28,10 +26,12 @@ class Gathered:
     """All documents of the sources, as far as the filters let them pass.
 
     Attributes:
+        settings: how they were gathered.
         hashes, sizes, source_of: of each document its content's hash, its bytes of UTF-8 and its source's number.
         part_sizes: how many documents each part holds.
     """
 
+    settings: GatherSettings
     parts: list[Part]
     part_sizes: list[int]
     hashes: NDArray[np.uint64]
@@ -53,14 +53,22 @@ class Gathered:
         what = self.dropped.setdefault(reason, Dropped())
         what.documents += int(mask.sum())
         what.bytes += int(self.sizes[mask].sum())
+        for source, text in self.texts(mask):
+            if what.has_enough_examples():
+                return
+            what.add_example(text, source)
+
+    def texts(self, mask: NDArray[np.bool_]) -> Iterator[tuple[str, str]]:
+        """Yield where documents come from and their texts, in order.
+
+        Raises:
+            ChangedError: as `read_texts`.
+        """
         for part, wanted in zip(self.parts, self.by_part(mask), strict=True):
-            if not wanted.any():
-                continue
-            names = read_names(part)
-            for number, text in read_texts(part, wanted):
-                if what.has_enough_examples():
-                    return
-                what.add_example(text, names[number])
+            if wanted.any():
+                names = read_names(part)
+                for number, text in read_texts(part, self.settings, wanted):
+                    yield names[number], text
 
 
 def gather_all(
@@ -78,9 +86,12 @@ def gather_all(
     parts = [
         part for unit, report in zip(units, reports, strict=True) for part in parts_of(unit, work, report["parts"])
     ]
-    indices = [np.load(part.index) for part in parts]
-    sizes = [index["bytes"].astype(np.int64) for index in indices]
-    sources = [np.full(len(size), part.source, np.uint16) for part, size in zip(parts, sizes, strict=True)]
+    hashes, sizes, sources = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], [np.zeros(0, np.uint16)]
+    for part in parts:
+        with np.load(part.index) as index:
+            hashes.append(index["hashes"])
+            sizes.append(index["bytes"])
+        sources.append(np.full(len(sizes[-1]), part.unit.source, np.uint16))
     dropped: dict[str, Dropped] = {}
     encodings: dict[str, int] = {}
     for report in reports:
@@ -92,11 +103,12 @@ def gather_all(
     if skipped:
         warn(f"{len(skipped)} file(s) or folder(s) could not be read and were left out:\n  " + "\n  ".join(skipped))
     return Gathered(
+        settings=settings,
         parts=parts,
-        part_sizes=[len(size) for size in sizes],
-        hashes=np.concatenate([np.zeros(0, np.uint64), *(index["hashes"] for index in indices)]),
-        sizes=np.concatenate([np.zeros(0, np.int64), *sizes]),
-        source_of=np.concatenate([np.zeros(0, np.uint16), *sources]),
+        part_sizes=[len(size) for size in sizes[1:]],
+        hashes=np.concatenate(hashes),
+        sizes=np.concatenate(sizes),
+        source_of=np.concatenate(sources),
         files=[file for report in reports for file in report["files"]],
         skipped=skipped,
         encodings=encodings,

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from sheepop.data.gather import Part
+from sheepop.data.parts import Part
 
 
 def lines_of_part(part: Part, wanted: NDArray[np.bool_]) -> NDArray[np.uint64]:

@@ -30,8 +30,10 @@ class Plan:
 
 def first_occurrences(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """Say of each document whether no earlier one has its hash."""
-    first = np.zeros(len(hashes), dtype=bool)
-    first[np.unique(hashes, return_index=True)[1]] = True
+    order = np.argsort(hashes, kind="stable")
+    in_order = hashes[order]
+    first = np.ones(len(hashes), dtype=bool)
+    first[order[1:][in_order[1:] == in_order[:-1]]] = False
     return first
 
 
@@ -62,30 +64,33 @@ def make_plan(
         sizes: bytes of each.
         copies: how often each is used; 0 for those that are left out.
     """
-    used = copies > 0
-    different, group = np.unique(hashes[used], return_inverse=True)
-    if len(different) <= 1:
+    order = np.flatnonzero(copies)
+    keys = mix(hashes[order] ^ np.uint64(derive_seed(seed, "split")))  # one to one: equal keys are equal content
+    by_key = np.argsort(keys, kind="stable")
+    order, keys = order[by_key], keys[by_key]
+    begins = np.flatnonzero(
+        np.concatenate((np.ones(min(1, len(keys)), bool), keys[1:] != keys[:-1]))
+    )  # of each content
+    del by_key, keys  # with millions of documents, these arrays are the memory that planning takes
+    if len(begins) <= 1:
         share = 1 - val_fraction
         return Plan(copies, np.zeros(len(hashes), bool), share, f"by position, the last {val_fraction:.0%} held out")
-    group_sizes = np.bincount(group, weights=sizes[used]).astype(np.int64)
-    order = np.argsort(mix(different ^ np.uint64(derive_seed(seed, "split"))), kind="stable")
+    group_sizes = np.add.reduceat(sizes[order], begins)
     target = val_fraction * int(group_sizes.sum())
 
     # Taken where that brings the share nearer to what was asked for, and something is left to train on.
-    ends = np.cumsum(group_sizes[order])
-    too_far = ends - group_sizes[order] / 2 > target
-    count = min(int(np.argmax(too_far)) if too_far.any() else len(order), len(order) - 1)
-    taken = order[:count].tolist()
-    total = int(group_sizes[taken].sum())
-    for candidate in order[count : count + TRIES_FOR_THE_REST].tolist():
-        if total + group_sizes[candidate] / 2 <= target and len(taken) + 1 < len(order):
-            taken.append(candidate)
-            total += int(group_sizes[candidate])
-    if not taken:
-        taken = [int(order[np.argmin(group_sizes[order])])]
-    is_taken = np.zeros(len(different), dtype=bool)
-    is_taken[taken] = True
+    too_far = np.cumsum(group_sizes) - group_sizes / 2 > target
+    count = min(int(np.argmax(too_far)) if too_far.any() else len(begins), len(begins) - 1)
+    is_taken = np.arange(len(begins)) < count
+    total = int(group_sizes[:count].sum())
+    for candidate, size in enumerate(group_sizes[count : count + TRIES_FOR_THE_REST].tolist(), start=count):
+        if total + size / 2 <= target and count + 1 < len(begins):
+            is_taken[candidate] = True
+            total += size
+            count += 1
+    if not count:
+        is_taken[np.argmin(group_sizes)] = True
     held_out = np.zeros(len(hashes), dtype=bool)
-    held_out[used] = is_taken[group]
+    held_out[order] = np.repeat(is_taken, np.diff(begins, append=len(order)))
     copies = np.where(held_out, np.minimum(copies, 1), copies).astype(np.uint8)
-    return Plan(copies, held_out, None, f"by document, {len(taken)} of {len(different)} held out")
+    return Plan(copies, held_out, None, f"by document, {np.count_nonzero(is_taken)} of {len(begins)} held out")

@@ -3,11 +3,10 @@
 The way, each step in parallel and in bounded memory, its results kept in a working folder beside the output until the
 corpus is published, so that a run that was killed goes on where it was:
 
-1. gather: files → cleaned, filtered documents in parts (`gather.py`);
+1. gather: files → cleaned, filtered documents in parts (`gather.py`), encoded already where the tokenizer is given;
 2. plan: duplicates, weights and the split, from 64 bits and a size a document (`plan.py`);
-3. tokenizer: trained on the training side alone, or loaded;
-4. encode: parts → token ids (`shards.py`);
-5. join the parts, look for leakage (`leakage.py`), write the manifest, rename.
+3. train the tokenizer, if none is given, on the training side alone, and encode the parts (`shards.py`);
+4. join what is planned of the parts (`shards.py`), look for leakage (`leakage.py`), write the manifest, rename.
 """
 
 import hashlib
@@ -23,12 +22,12 @@ from numpy.typing import NDArray
 from sheepop.data.corpus import FORMAT, MANIFEST_FILE, VERSION, Corpus, is_prepared, open_corpus
 from sheepop.data.documents import list_files
 from sheepop.data.duplicates import near_duplicates
-from sheepop.data.gather import GatherSettings, forget_others, read_texts, units_of
+from sheepop.data.gather import GIVEN_TOKENIZER, GatherSettings, forget_others, units_of
 from sheepop.data.gathered import Gathered, gather_all
 from sheepop.data.leakage import lines_of_part, seen_in
 from sheepop.data.plan import Plan, copies_by_weight, first_occurrences, make_plan
 from sheepop.data.selection import Selection
-from sheepop.data.shards import EncodeTask, encode_part, join_parts
+from sheepop.data.shards import EncodeTask, dtype_of, encode_part, join_parts, write_halves
 from sheepop.data.tokenizer import KINDS, TOKENIZER_FILE, Tokenizer
 from sheepop.data.workers import available_cores, parallel_map, tell_progress
 from sheepop.data.working_folder import working_folder
@@ -97,8 +96,14 @@ def prepare_corpus(
     files = list_files(sources, include=selection.include, exclude=selection.exclude, unreadable=closed)
     if closed and selection.strict:
         raise DataError(closed[0])
+    given = None if tokenizer in KINDS else Tokenizer.load(Path(tokenizer))
     gathering = GatherSettings(
-        separator, selection.cleaning, selection.filters, selection.deduplicate == "near", selection.strict
+        separator=separator,
+        cleaning=selection.cleaning,
+        filters=selection.filters,
+        find_near_duplicates=selection.deduplicate == "near",
+        strict=selection.strict,
+        tokenizer=given.fingerprint if given else None,
     )
     units = units_of(files, sources, gathering)
     if num_workers is None:
@@ -106,6 +111,8 @@ def prepare_corpus(
 
     with full_disk_is_a_clear_error(output), working_folder(output, keep=incremental) as work:
         _check_output(output, overwrite=overwrite or incremental)  # again: another process may have been here meanwhile
+        if given:
+            given.save(work / GIVEN_TOKENIZER)
         gathered = gather_all(units, work, gathering, num_workers, closed)
         if not gathered.parts:
             raise DataError(
@@ -113,30 +120,35 @@ def prepare_corpus(
                 f"of them is text. Name files with text inside.{_first_of(gathered.skipped)}"
             )
         plan = _plan_all(gathered, sources, selection, val_fraction=val_fraction, seed=seed)
-        trained = _make_tokenizer(tokenizer, vocab_size, gathered, plan, work)
-        if trained.vocab_size < vocab_size and tokenizer in KINDS:
-            log(f"the text fills {trained.vocab_size} of the {vocab_size} entries that were asked for")
-        dtype = "uint16" if trained.vocab_size <= 2**16 else "uint32"
-        tasks = _encode_tasks(gathered, plan, work / TOKENIZER_FILE, trained.fingerprint, dtype)
-        for _ in tell_progress(parallel_map(encode_part, tasks, num_workers), "encoded", len(tasks)):
-            pass
+        used = given or _train_tokenizer(tokenizer, vocab_size, gathered, plan, work)
+        if not given and used.vocab_size < vocab_size:
+            log(f"the text fills {used.vocab_size} of the {vocab_size} entries that were asked for")
+        if not given and plan.train_share is None:
+            tasks = [EncodeTask(part, work / TOKENIZER_FILE, used.fingerprint) for part in gathered.parts]
+            for _ in tell_progress(parallel_map(encode_part, tasks, num_workers), "encoded", len(tasks)):
+                pass
         leakage = _find_leakage(gathered, plan)
         with atomic_folder(output) as folder:
-            counts, sums = join_parts(gathered.parts, folder, trained.end_of_text_id, dtype)
+            if plan.train_share is None:
+                copies, held_out = gathered.by_part(plan.copies), gathered.by_part(plan.held_out)
+                counts, sums = join_parts(gathered.parts, copies, held_out, folder, used)
+            else:
+                _, text = next(gathered.texts(plan.copies > 0))
+                counts, sums = write_halves(text, plan.train_share, int(plan.copies.sum()), folder, used)
             for side, counted in counts.items():
                 if counted.tokens - counted.documents < 2:  # the separators do not count
                     raise DataError(
                         f"The text is too short: its {side} split has {counted.characters} characters. Add more text, "
                         "or change the share that is held out (data.val_fraction)."
                     )
-            trained.save(folder / TOKENIZER_FILE)
+            used.save(folder / TOKENIZER_FILE)
             sums[TOKENIZER_FILE] = sha256_of_file(folder / TOKENIZER_FILE)
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,
-                "dtype": dtype,
-                "vocab_size": trained.vocab_size,
-                "end_of_text_id": trained.end_of_text_id,
+                "dtype": dtype_of(used),
+                "vocab_size": used.vocab_size,
+                "end_of_text_id": used.end_of_text_id,
                 "splits": {side: asdict(counted) for side, counted in counts.items()},
                 "files": sums,
                 "sources": gathered.files,
@@ -182,14 +194,10 @@ def _plan_all(
     return make_plan(gathered.hashes, gathered.sizes, copies, val_fraction=val_fraction, seed=seed)
 
 
-def _make_tokenizer(tokenizer: str, vocab_size: int, gathered: Gathered, plan: Plan, work: Path) -> Tokenizer:
-    """Load the tokenizer, or train it on the training side; it also stands in the working folder."""
+def _train_tokenizer(kind: str, vocab_size: int, gathered: Gathered, plan: Plan, work: Path) -> Tokenizer:
+    """Train a tokenizer on the training side; it also stands in the working folder."""
     file = work / TOKENIZER_FILE
-    if tokenizer not in KINDS:
-        loaded = Tokenizer.load(Path(tokenizer))
-        loaded.save(file)
-        return loaded
-    key = hashlib.sha256(to_json([PREPARATION, tokenizer, vocab_size, plan.train_share]).encode())
+    key = hashlib.sha256(to_json([PREPARATION, kind, vocab_size, plan.train_share]).encode())
     for array in (gathered.hashes, plan.copies, plan.held_out):
         key.update(array.tobytes())
     note = work / "tokenizer.key"
@@ -204,28 +212,14 @@ def _make_tokenizer(tokenizer: str, vocab_size: int, gathered: Gathered, plan: P
         log(f"the tokenizer is trained on {share:.0%} of the text")
 
     def texts() -> Iterator[str]:
-        for part, wanted in zip(gathered.parts, gathered.by_part(used), strict=True):
-            for _, text in read_texts(part, wanted):
-                yield text if plan.train_share is None else text[: int(len(text) * plan.train_share)]
+        for _, text in gathered.texts(used):
+            yield text if plan.train_share is None else text[: int(len(text) * plan.train_share)]
 
-    trained = Tokenizer.train(tokenizer, texts(), vocab_size=vocab_size)
+    trained = Tokenizer.train(kind, texts(), vocab_size=vocab_size)
     note.unlink(missing_ok=True)
     trained.save(file)
     note.write_text(key.hexdigest())
     return trained
-
-
-def _encode_tasks(gathered: Gathered, plan: Plan, tokenizer: Path, fingerprint: str, dtype: str) -> list[EncodeTask]:
-    first_used = int(np.argmax(plan.copies > 0))
-    tasks = []
-    begin = 0
-    for part, copies, held_out in zip(
-        gathered.parts, gathered.by_part(plan.copies), gathered.by_part(plan.held_out), strict=True
-    ):
-        first = first_used - begin if begin <= first_used < begin + len(copies) else None
-        tasks.append(EncodeTask(part, tokenizer, fingerprint, dtype, copies, held_out, plan.train_share, first))
-        begin += len(copies)
-    return tasks
 
 
 def _find_leakage(gathered: Gathered, plan: Plan) -> dict[str, int] | None:

@@ -1,11 +1,11 @@
-"""Planned documents → token files of the splits, part by part."""
+"""Documents → token ids, and those that are planned → the token files of the splits."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sheepop.data.corpus import SPLITS
-from sheepop.data.gather import Part, read_raw, read_texts
+from sheepop.data.parts import Part, read_kept
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.utils.errors import DataError
 from sheepop.utils.files import read_json, write_json
 
 COPY_AT_ONCE = 4 * 2**20  # bytes
 ENCODE_AT_ONCE = 1_000_000  # characters, or bytes of several documents
+INDEXED = ("bytes", "characters", "words")  # what the index of a part counts of each document
 
 
 @dataclass
@@ -32,115 +33,85 @@ class Counts:
     characters: int = 0
     words: int = 0
 
-    def add(self, other: "Counts", copies: int = 1) -> None:
-        """Add what something holds that stands here `copies` times."""
-        self.tokens += copies * other.tokens
-        self.documents += copies * other.documents
-        self.bytes += copies * other.bytes
-        self.characters += copies * other.characters
-        self.words += copies * other.words
-
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """A part to encode, with the entries of `plan.Plan` for its documents.
-
-    Attributes:
-        tokenizer: file of the tokenizer.
-        fingerprint: of that tokenizer.
-        first_used: number of the corpus's first used document, if it is in this part.
-    """
+    """A part with its text, and the file and the fingerprint of a tokenizer."""
 
     part: Part
     tokenizer: Path
     fingerprint: str
-    dtype: str
-    copies: NDArray[np.uint8]
-    held_out: NDArray[np.bool_]
-    train_share: float | None
-    first_used: int | None
-
-    @property
-    def key(self) -> str:
-        """A digest of all that the token ids follow from."""
-        what = (self.fingerprint, self.part.text.name, self.dtype, self.train_share, self.first_used)
-        digest = hashlib.blake2b(repr(what).encode(), digest_size=16)
-        digest.update(self.copies.tobytes() + self.held_out.tobytes())
-        return digest.hexdigest()
 
 
 def encode_part(task: EncodeTask) -> None:
-    """Write the part's token ids, `.train.bin` and `.val.bin`, and then its counts with the task's key.
-
-    Where counts with this key stand, nothing is done.
-    """
-    report = task.part.text.with_suffix(".counts.json")
-    if report.exists() and read_json(report, DataError)["key"] == task.key:
+    """Write the ids of a part's documents, and then by which tokenizer; nothing if that was done before."""
+    part = task.part
+    if part.encoded.exists() and read_json(part.encoded, DataError)["tokenizer"] == task.fingerprint:
         return
-    report.unlink(missing_ok=True)
+    part.encoded.unlink(missing_ok=True)
     tokenizer = load_tokenizer(task.tokenizer, task.fingerprint)
-    dtype = np.dtype(task.dtype).newbyteorder("<")
-    index = np.load(task.part.index)
-    part_bytes = int(index["bytes"].sum())
-    counts = {split: Counts() for split in SPLITS}
-    files = {split: task.part.text.with_suffix(f".{split}.bin").open("wb") for split in SPLITS}
-    waiting: dict[str, list[bytes]] = {split: [] for split in SPLITS}
-    waiting_bytes = 0
-    unsure = index["has_unassigned"]
-
-    def write_waiting(*, is_sure: bool) -> None:
-        for split, documents in waiting.items():
-            ids = tokenizer.encode_documents(documents, out_of=part_bytes) if is_sure and documents else None
-            if ids is None:
-                ids = encode_one_by_one(tokenizer, [raw.decode("utf-8") for raw in documents], dtype)
-            ids.astype(dtype).tofile(files[split])
-            counts[split].tokens += len(ids)
-            documents.clear()
-
-    try:
-        if task.train_share is None:
-            for number, raw in read_raw(task.part, task.copies > 0):
-                if unsure[number] or waiting_bytes > ENCODE_AT_ONCE:
-                    write_waiting(is_sure=True)
-                    waiting_bytes = 0
-                waiting["val" if task.held_out[number] else "train"] += [raw] * int(task.copies[number])
-                waiting_bytes += len(raw)
-                if unsure[number]:
-                    write_waiting(is_sure=False)
-            write_waiting(is_sure=True)
-            for split, is_inside in (("train", ~task.held_out), ("val", task.held_out)):
-                copies = np.where(is_inside, task.copies, 0).astype(np.int64)
-                counts[split].documents = int(copies.sum())
-                for name in ("bytes", "characters", "words"):
-                    setattr(counts[split], name, int(copies @ index[name].astype(np.int64)))
-        else:
-            for number, text in read_texts(task.part, task.copies > 0):
-                for split, piece in sides_of(task, number, text):
-                    times = int(task.copies[number])
-                    ids = encode_one_by_one(tokenizer, [piece], dtype)
-                    np.tile(ids, times).tofile(files[split])
-                    counted = Counts(len(ids), 1, len(piece.encode("utf-8")), len(piece), len(piece.split()))
-                    counts[split].add(counted, times)
-    finally:
-        for file in files.values():
-            file.close()
-    write_json(report, {"key": task.key} | {split: asdict(counted) for split, counted in counts.items()})
+    is_unsure = np.load(part.index)["has_unassigned"]
+    sizes: list[NDArray[np.int64]] = []
+    with part.ids.open("wb") as file:
+        waiting: list[bytes] = []
+        waiting_bytes = 0
+        for number, raw in read_kept(part):
+            waiting.append(raw)
+            waiting_bytes += len(raw)
+            if waiting_bytes >= ENCODE_AT_ONCE or number == len(is_unsure) - 1:
+                unsure = is_unsure[number + 1 - len(waiting) : number + 1]
+                ids, sizes_of_these = encode_documents(tokenizer, waiting, unsure)
+                file.write(ids.data)
+                sizes.append(sizes_of_these)
+                waiting, waiting_bytes = [], 0
+    np.save(part.sizes, np.concatenate(sizes))
+    write_json(part.encoded, {"tokenizer": task.fingerprint})
 
 
-def encode_one_by_one(tokenizer: Tokenizer, texts: Sequence[str], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return the token ids of documents, each behind the end-of-text token."""
-    end_of_text = np.array([tokenizer.end_of_text_id], dtype=dtype)
-    ids = [piece for text in texts for piece in (end_of_text, encode(tokenizer, text, dtype))]
-    return np.concatenate(ids) if ids else end_of_text[:0]
+def dtype_of(tokenizer: Tokenizer) -> str:
+    """Return the width of the tokenizer's ids in files."""
+    return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
 
 
-def sides_of(task: EncodeTask, number: int, text: str) -> Iterator[tuple[str, str]]:
-    """Yield the split, or both, that a document belongs to that is cut by position, and what of its text."""
-    assert task.train_share is not None
-    cut = int(len(text) * task.train_share)
-    yield "train", text[:cut]
-    if number == task.first_used:  # copies of the only document would repeat what is held out
-        yield "val", text[cut:]
+def encode_documents(
+    tokenizer: Tokenizer, documents: Sequence[bytes], is_unsure: NDArray[np.bool_]
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return the ids of documents in UTF-8, each behind the end-of-text token, and how many each has.
+
+    Args:
+        is_unsure: whether each `has_unassigned`; such are encoded by themselves, the others many in one call.
+    """
+    dtype = np.dtype(dtype_of(tokenizer)).newbyteorder("<")
+    out_of = sum(map(len, documents))
+    ids: list[NDArray[Any]] = []
+    sizes: list[NDArray[np.int64]] = []
+
+    def take(some: Sequence[bytes], *, is_sure: bool) -> None:
+        if not some:
+            return
+        together = tokenizer.encode_documents(some, out_of=out_of) if is_sure else None
+        if together is not None:
+            begins = np.flatnonzero(together == tokenizer.end_of_text_id)
+            if len(begins) == len(some):
+                ids.append(together.astype(dtype))
+                sizes.append(np.diff(begins, append=len(together)))
+                return
+        one_by_one = [encode_document(tokenizer, raw.decode("utf-8"), dtype) for raw in some]
+        ids.extend(one_by_one)
+        sizes.append(np.array([len(document) for document in one_by_one], dtype=np.int64))
+
+    begin = 0
+    for at in np.flatnonzero(is_unsure).tolist():
+        take(documents[begin:at], is_sure=True)
+        take(documents[at : at + 1], is_sure=False)
+        begin = at + 1
+    take(documents[begin:], is_sure=True)
+    return (ids[0], sizes[0]) if len(ids) == 1 else (np.concatenate(ids), np.concatenate(sizes))
+
+
+def encode_document(tokenizer: Tokenizer, text: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the token ids of a document behind the end-of-text token."""
+    return np.concatenate((np.array([tokenizer.end_of_text_id], dtype=dtype), encode(tokenizer, text, dtype)))
 
 
 def encode(tokenizer: Tokenizer, text: str, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -156,35 +127,102 @@ def load_tokenizer(path: Path, _fingerprint: str) -> Tokenizer:
 
 
 def join_parts(
-    parts: Sequence[Part], folder: Path, end_of_text_id: int, dtype: str
+    parts: Sequence[Part],
+    copies: Sequence[NDArray[np.uint8]],
+    held_out: Sequence[NDArray[np.bool_]],
+    folder: Path,
+    tokenizer: Tokenizer,
 ) -> tuple[dict[str, Counts], dict[str, str]]:
     """Write `train.bin` and `val.bin` from encoded parts, each closed by an end-of-text token.
+
+    Args:
+        copies, held_out: for each part the entries of `plan.Plan` for its documents.
 
     Returns:
         What each split holds, and the SHA-256 of each file by its name.
     """
     counts = {split: Counts() for split in SPLITS}
-    for part in parts:
-        report = read_json(part.text.with_suffix(".counts.json"), DataError)
-        for split in SPLITS:
-            counts[split].add(Counts(**report[split]))
-    end = np.array([end_of_text_id], dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
-    sums = {}
-    with ThreadPoolExecutor(1) as pool:
-        for split in SPLITS:
-            path, digest = folder / f"{split}.bin", hashlib.sha256()
-            with path.open("wb") as file:
-                for block in chain(_blocks([part.text.with_suffix(f".{split}.bin") for part in parts]), [end]):
-                    hashed = pool.submit(digest.update, block)  # the two take about as long, and share nothing
-                    file.write(block)
-                    hashed.result()
-            counts[split].tokens += 1
-            sums[path.name] = digest.hexdigest()
-    return counts, sums
+    with _files_of_splits(folder, tokenizer) as files:
+        for part, times, is_held_out in zip(parts, copies, held_out, strict=True):
+            with np.load(part.index) as index:
+                columns = {"tokens": np.load(part.sizes)} | {name: index[name] for name in INDEXED}
+            ends = np.cumsum(columns["tokens"]) * np.dtype(dtype_of(tokenizer)).itemsize
+            ids = memoryview(part.ids.read_bytes())
+            for split in SPLITS:
+                wanted = np.where(is_held_out == (split == "val"), times, 0).astype(np.int64)
+                for block in _planned(ids, ends, wanted):
+                    files[split].write(block)
+                counts[split].documents += int(wanted.sum())
+                for name, column in columns.items():
+                    setattr(counts[split], name, getattr(counts[split], name) + int(wanted @ column))
+    return _closed(counts, files)
 
 
-def _blocks(paths: Sequence[Path]) -> Iterator[bytes]:
-    for path in paths:
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(COPY_AT_ONCE):
-                yield block
+def write_halves(
+    text: str, train_share: float, copies: int, folder: Path, tokenizer: Tokenizer
+) -> tuple[dict[str, Counts], dict[str, str]]:
+    """Write both splits, as `join_parts` does, of the only document, which is cut by position.
+
+    Its beginning stands `copies` times in `train.bin`, its end once in `val.bin`: copies would repeat what is held out.
+    """
+    cut = int(len(text) * train_share)
+    counts = {}
+    with _files_of_splits(folder, tokenizer) as files:
+        for split, piece, times in (("train", text[:cut], copies), ("val", text[cut:], 1)):
+            ids = encode_document(tokenizer, piece, np.dtype(dtype_of(tokenizer)).newbyteorder("<"))
+            for _ in range(times):
+                files[split].write(ids.tobytes())
+            once = (len(ids), 1, len(piece.encode("utf-8")), len(piece), len(piece.split()))
+            counts[split] = Counts(*(times * count for count in once))
+    return _closed(counts, files)
+
+
+class _TokenFile:
+    """Bytes → a file and their SHA-256, which a thread works out meanwhile: the two share nothing."""
+
+    def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
+        self.path, self.digest, self._pool = path, hashlib.sha256(), pool
+        self._file = path.open("wb")
+        self.close = self._file.close
+        self._hashed: Future[None] | None = None
+
+    def write(self, block: bytes) -> None:
+        """Append a block; the ones before are hashed when this returns."""
+        hashed = self._pool.submit(self.digest.update, block)
+        self._file.write(block)
+        if self._hashed:
+            self._hashed.result()
+        self._hashed = hashed
+
+
+@contextmanager
+def _files_of_splits(folder: Path, tokenizer: Tokenizer) -> Iterator[dict[str, _TokenFile]]:
+    """Yield the files of the splits; at the end an end-of-text token closes each."""
+    with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
+        files = {split: stack.enter_context(closing(_TokenFile(folder / f"{split}.bin", pool))) for split in SPLITS}
+        yield files
+        for file in files.values():
+            file.write(np.array([tokenizer.end_of_text_id], dtype=dtype_of(tokenizer)).tobytes())
+
+
+def _closed(counts: dict[str, Counts], files: dict[str, _TokenFile]) -> tuple[dict[str, Counts], dict[str, str]]:
+    for counted in counts.values():
+        counted.tokens += 1
+    return counts, {file.path.name: file.digest.hexdigest() for file in files.values()}
+
+
+def _planned(ids: memoryview, ends: NDArray[np.int64], copies: NDArray[np.int64]) -> Iterator[bytes]:
+    """Yield the bytes of documents that end at `ends`, each so often, in blocks; neighbours are copied at once."""
+    numbers = np.repeat(np.arange(len(ends)), copies)
+    firsts = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)  # of runs of neighbours
+    lasts = np.append(firsts[1:], len(numbers))[: len(firsts)] - 1
+    begins = np.concatenate(([0], ends[:-1]))
+    waiting: list[memoryview] = []
+    waiting_bytes = 0
+    for begin, end in zip(begins[numbers[firsts]].tolist(), ends[numbers[lasts]].tolist(), strict=True):
+        waiting.append(ids[begin:end])
+        waiting_bytes += end - begin
+        if waiting_bytes >= COPY_AT_ONCE:
+            yield b"".join(waiting)
+            waiting, waiting_bytes = [], 0
+    yield b"".join(waiting)

@@ -45,7 +45,10 @@ def is_blank(text: bytes) -> bool:
     """Say whether a text in UTF-8 is nothing but white space."""
     rest = text.lstrip()
     # White space that is none for `bytes` (U+001C, U+3000) begins with none of the printable characters of ASCII.
-    return not rest or (not 0x20 < rest[0] < 0x7F and not rest.decode("utf-8", errors="surrogatepass").strip())
+    if not rest or 0x20 < rest[0] < 0x7F:
+        return not rest
+    first = rest[:4].decode("utf-8", errors="ignore")[:1]  # a dash or a quotation mark most often
+    return first.isspace() and not rest.decode("utf-8", errors="surrogatepass").strip()
 
 
 def split_stream(chunks: Iterable[str], separator: str | None, where: str, *, was_split: bool = False) -> Iterator[str]:

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, models, normalizers, trainers
 
 from sheepop.data import fast_bpe as engine_module
 from sheepop.data import tokenizer as tokenizer_module
-from sheepop.data.fast_bpe import FastBpe, fast_bpe, has_unassigned
+from sheepop.data.fast_bpe import FastBpe, fast_bpe, has_unassigned, memory_in_use
 from sheepop.data.tokenizer import Tokenizer, bytes_per_token
 from sheepop.data.tokenizer_parts import CL100K, O200K, WORDS, byte_level, byte_level_table, special_token
 from sheepop.utils.errors import DataError
@@ -165,6 +165,7 @@ def test_an_engine_made_anew_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     tokenizer = train(None)
     expected = [tokenizer.encode(text) for text in HARD]
     monkeypatch.setattr(engine_module, "CHARACTERS_KEPT", 10)
+    monkeypatch.setattr(engine_module, "LOOK_EVERY", 10)
     memory = iter(range(10**12, 10**15, engine_module.GROWTH_KEPT + 1))
     monkeypatch.setattr(engine_module, "memory_in_use", lambda: next(memory))
     renewed: list[FastBpe] = []
@@ -176,6 +177,7 @@ def test_an_engine_made_anew_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_engine_is_made_anew_only_where_memory_grew_or_cannot_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "CHARACTERS_KEPT", 10)
+    monkeypatch.setattr(engine_module, "LOOK_EVERY", 10)
     made: list[FastBpe] = []
     renew = FastBpe._renew
     monkeypatch.setattr(FastBpe, "_renew", lambda self: made.append(self) or renew(self))
@@ -187,6 +189,22 @@ def test_an_engine_is_made_anew_only_where_memory_grew_or_cannot_be_known(monkey
         for _ in range(3):
             engine.encode("a good king is dead")
         assert bool(made) == (memory is None)
+
+
+def test_memory_is_bounded_whatever_the_number_of_different_words() -> None:
+    """Of words that are all different the engine would keep 7 MB for each megabyte, some 300 MB here."""
+    engine = fast_bpe(train(None)._layout)
+    assert engine is not None
+    random = np.random.default_rng(5)
+    before, most = memory_in_use(), 0
+    for _ in range(40):
+        letters = random.integers(ord("a"), ord("z") + 1, 1_000_000, dtype=np.uint8)
+        letters[random.random(len(letters)) < 0.15] = ord(" ")
+        engine.encode(letters.tobytes())
+        most = max(most, memory_in_use() or 0)
+    if before is None:
+        pytest.skip("the system does not say how much memory there is")
+    assert most - before < 150_000_000
 
 
 def test_documents_in_one_call_are_encoded_as_each_by_itself() -> None:

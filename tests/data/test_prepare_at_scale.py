@@ -18,11 +18,12 @@ import pytest
 
 from sheepop.data.corpus import Corpus
 from sheepop.data.filters import FilterSettings
+from sheepop.data.gathered import gather_all
 from sheepop.data.prepare import prepare_corpus
 from sheepop.data.selection import Selection, parse_weights
 from sheepop.data.shards import encode
 from sheepop.data.tokenizer import Tokenizer
-from sheepop.utils.errors import ConfigError, DataError, NoSpaceError
+from sheepop.utils.errors import ChangedError, ConfigError, DataError, NoSpaceError
 
 from .test_prepare import SETTINGS, documents_of, write_documents
 
@@ -282,3 +283,49 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_files(library: Path, tmp_pa
     assert found["splits"] == expected["splits"]
     assert found["report"] == expected["report"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "killed", "library", "straight"]
+
+
+@pytest.fixture
+def given(library: Path, tmp_path: Path) -> str:
+    """The path of a tokenizer that is given, with which documents are encoded as soon as they are read."""
+    tokenizer = Tokenizer.train("bpe", [path.read_text() for path in sorted(library.iterdir())], vocab_size=300)
+    tokenizer.save(tmp_path / "given.json")
+    return str(tmp_path / "given.json")
+
+
+def test_a_given_tokenizer_gives_what_one_that_is_trained_gives(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text of documents is kept for the one and not for the other; also weights and examples are the same."""
+    monkeypatch.setattr("sheepop.data.gather.UNIT_BYTES", 20_000)
+    monkeypatch.setattr("sheepop.data.gather.PART_BYTES", 5_000)
+    (library / "200b.txt").write_text("with \u0378, which no version of Unicode knows\n")
+    selection = Selection("standard", "exact", weights=parse_weights([f"{library}=2.5"]))
+    trained = prepare([library], tmp_path / "trained", selection, tokenizer="bpe", vocab_size=300)
+    again = prepare([library], tmp_path / "again", selection, tokenizer=str(trained.path / "tokenizer.json"))
+    assert again.manifest["files"] == trained.manifest["files"]
+    assert again.manifest["splits"] == trained.manifest["splits"]
+    assert again.manifest["report"] == trained.manifest["report"]
+    examples = report_of(again)["dropped"]["identical to an earlier document"]["examples"]
+    assert [Path(example["source"]).name for example in examples] == ["280.txt", "281.txt", "282.txt"]
+
+
+def test_a_given_tokenizer_encodes_both_halves_of_a_single_text(given: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The quiet wolf and the sheep. " * 50)
+    corpus = prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=given, val_fraction=0.1)
+    assert documents_of(corpus, "train") == [("The quiet wolf and the sheep. " * 50)[:1350]]
+    assert documents_of(corpus, "val") == [("The quiet wolf and the sheep. " * 50)[1350:]]
+
+
+def test_a_file_that_changes_before_it_is_read_again_is_told(
+    library: Path, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changing(*arguments: Any, **settings: Any) -> Any:
+        gathered = gather_all(*arguments, **settings)
+        (library / "280.txt").write_text("something else")
+        return gathered
+
+    monkeypatch.setattr("sheepop.data.prepare.gather_all", changing)
+    with pytest.raises(ChangedError, match=r"280\.txt changed"):
+        prepare([library], tmp_path / "out", Selection(deduplicate="exact"), tokenizer=given)
+    assert not (tmp_path / "out").exists()

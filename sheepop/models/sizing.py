@@ -1,6 +1,7 @@
 """What a model costs before it is built: parameters, FLOPs and bytes, as pure functions of its settings."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sheepop.config import ModelConfig
 
@@ -43,6 +44,12 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     )
 
 
+def inner_matrices(config: ModelConfig) -> int:
+    """Return how many weights the matrices inside the blocks hold."""
+    D, H, K, C, F = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim, config.d_ff
+    return config.num_layers * D * ((H + 2 * K) * C + H * C + F * (3 if config.is_gated else 2))
+
+
 def forward_flops_per_token(config: ModelConfig, context: int) -> float:
     """Return the floating-point operations of one token's forward pass in a sequence of `context` tokens.
 
@@ -50,11 +57,8 @@ def forward_flops_per_token(config: ModelConfig, context: int) -> float:
     multiply, plus scores and their use, over the (context + 1)/2 keys that a token sees on average under the causal
     mask, or fewer with a sliding window.
     """
-    D, L, C, F, H = config.d_model, config.num_layers, config.head_dim, config.d_ff, config.num_heads
-    weights = (
-        L * (D * (H + 2 * config.num_kv_heads) * C + H * C * D + D * F * (3 if config.is_gated else 2))
-        + D * config.vocab_size
-    )
+    L, C, H = config.num_layers, config.head_dim, config.num_heads
+    weights = inner_matrices(config) + config.d_model * config.vocab_size
     window = min(config.sliding_window or context, context)
     # Token t sees min(t + 1, window) keys.
     keys_seen = (window * (window + 1) / 2 + (context - window) * window) / context
@@ -196,7 +200,7 @@ def logits_bytes(config: ModelConfig, *, batch_size: int, context: int, bytes_pe
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """The bytes of a training step by part, on one device and with AdamW.
+    """The bytes of a training step by part, on one device.
 
     Attributes:
         activations: what the forward pass keeps for the backward pass of one micro-batch.
@@ -240,13 +244,18 @@ def training_bytes(
     document_mask: bool = False,
     on_gpu: bool = False,
     activation_checkpointing: bool = False,
+    optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> TrainingBytes:
-    """Return the bytes of a training step by part; see `activation_bytes` for the arguments."""
+    """Return the bytes of a training step by part; see `activation_bytes` for the arguments.
+
+    AdamW keeps two moments of each weight, Muon one of each matrix inside the blocks.
+    """
     weights = weight_bytes(config)
+    single_moments = inner_matrices(config) if optimizer == "muon" else 0
     return TrainingBytes(
         weights=weights,
         gradients=weights,
-        optimizer=2 * weights,
+        optimizer=2 * weights - 4 * single_moments,
         activations=activation_bytes(
             config,
             batch_size=batch_size,

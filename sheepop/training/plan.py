@@ -257,6 +257,7 @@ def plan_memory(config: Config, device: torch.device, *, process: int, available
         document_mask=config.data.document_mask,
         on_gpu=device.type == "cuda",
         activation_checkpointing=training.activation_checkpointing,
+        optimizer=training.optimizer,
     )
     process = process if device.type == "cpu" else 0
     allocator = round(ALLOCATOR_SHARE[device.type] * tensors.transient)

@@ -74,7 +74,7 @@ def memory_rows(plan: Plan) -> list[Row]:
     rows = [
         ("weights", tensors.weights, ""),
         ("gradients", tensors.gradients, "come as activations go" if not tensors.gradients_at_start else ""),
-        ("optimizer", tensors.optimizer, "two moments of each weight"),
+        ("optimizer", tensors.optimizer, "moments of each weight"),
         ("activations", tensors.activations, f"of {plan.config.training.batch_size} sequences, kept for backward"),
         ("logits", tensors.logits, "with the loss's copies"),
         ("allocator", memory.allocator, "freed blocks that do not fit again, about"),

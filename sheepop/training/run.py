@@ -91,6 +91,8 @@ def start_run(
         SheepopError: whatever the user can mend; its class says which exit status.
     """
     asked = load_config(file, preset=preset, overrides=overrides)
+    if resume is None:
+        require_text(asked)
     device = local_device(resolve_device(asked.device))
     keep_freed_memory()
     named = None if resume in (None, "auto") else resolve_resume(Path(str(resume)))
@@ -112,10 +114,7 @@ def start_run(
             asked = load_config(
                 checkpoint / "config.json", overrides={"training.save_dir": str(run_folder)} | overrides
             )
-        if not asked.data.path:
-            raise ConfigError(
-                "There is no text to train on: name files, folders or a prepared folder with --data PATH."
-            )
+        require_text(asked)
         corpus = open_text(asked, world)
         on_main(world, lambda: warn_if_too_large(asked, corpus, device))
         run = set_up(asked, corpus, device=device, world=world)
@@ -127,6 +126,16 @@ def start_run(
         with profile_steps(run_folder, device) if profile and world.is_main else nullcontext():
             train(run)
     return run_folder
+
+
+def require_text(config: Config) -> None:
+    """Refuse settings without a text.
+
+    Raises:
+        ConfigError: `data.path` is not set.
+    """
+    if not config.data.path:
+        raise ConfigError("There is no text to train on: name files, folders or a prepared folder with --data PATH.")
 
 
 def open_text(config: Config, world: World) -> Corpus:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from sheepop.config import LENGTH_KEYS, Config, load_config
-from sheepop.data.prepare import prepare_on_the_way
 from sheepop.evaluation.plots import METRICS_FILE
 from sheepop.evaluation.report import SAMPLES_FILE
 from sheepop.models.pretrained import BEST_POINTER, LATEST_POINTER, WEIGHTS_FILE, read_tensors
 from sheepop.training.checkpoint import OPTIMIZER_FILE, find_resume, read_state
+from sheepop.training.distributed import World
 from sheepop.training.metrics import EVENTS_FILE
+from sheepop.training.run import open_text, require_text
 from sheepop.utils.errors import CheckpointError, ConfigError, SheepopError
 from sheepop.utils.files import write_json
 from sheepop.utils.logging import log
@@ -58,8 +59,7 @@ def prove_resume(
     if steps < LEAST_STEPS:
         raise ConfigError(f"--steps is {steps}, but there is room for two interruptions only from {LEAST_STEPS} on.")
     config = load_config(file, preset=preset, overrides=overrides)
-    if not config.data.path:
-        raise ConfigError("There is no text to train on: name files, folders or a prepared folder with --data PATH.")
+    require_text(config)
     place = nullcontext(str(output)) if output else tempfile.TemporaryDirectory(prefix="sheepop-verify-")
     with place as folder:
         settings = Path(folder) / "settings.json"
@@ -116,17 +116,7 @@ def format_verdict(result: dict[str, Any]) -> str:
 
 def _settings_of_proof(config: Config, steps: int) -> dict[str, Any]:
     """Return the settings with a length that is known and a record of every step; text is prepared once."""
-    data = config.data
-    assert data.path is not None
-    corpus = prepare_on_the_way(
-        [Path(data.path)],
-        Path(data.data_dir),
-        tokenizer=data.tokenizer,
-        vocab_size=config.model.vocab_size,
-        val_fraction=data.val_fraction,
-        seed=config.seed,
-        separator=data.document_separator,
-    )
+    corpus = open_text(config, World())
     settings = config.model_dump()
     settings["data"]["path"] = str(corpus.path.resolve())
     training = {key: value for key, value in settings["training"].items() if key not in LENGTH_KEYS}

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from sheepop.models.sizing import (
     weight_bytes,
 )
 from sheepop.models.transformer import TransformerModel
+from sheepop.training.optimizer import make_optimizer
 
 B, T, V = 3, 45, 97
 SIZES = {
@@ -108,3 +111,20 @@ def test_the_peak_has_activations_or_gradients_but_not_both_unless_gradients_are
     assert several.peak == once.peak + once.gradients
     little = training_bytes(config, batch_size=1, context=1)
     assert little.peak == little.state
+
+
+def test_the_optimizer_keeps_what_the_plan_says():
+    for name, preset in itertools.product(("adamw", "muon"), ("classic", "modern")):
+        settings = {
+            "model.d_model": 24,
+            "model.num_heads": 4,
+            "model.vocab_size": 23,
+            "model.bias": preset == "classic",
+        }
+        config = load_config(preset=preset, overrides=settings | {"training.optimizer": name})
+        model = TransformerModel(config.model)
+        optimizer = make_optimizer(model, config.training)
+        model(torch.zeros(1, 2, dtype=torch.long)).sum().backward()
+        optimizer.step()
+        kept = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
+        assert training_bytes(config.model, batch_size=1, context=2, optimizer=name).optimizer == kept

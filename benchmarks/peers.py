@@ -26,7 +26,7 @@ CPU_SETTINGS = {
     "dropout": 0.0,
     "max_iters": 2000,
     "lr_decay_iters": 2000,
-    "eval_interval": 1_000_000,
+    "eval_interval": 2000,
     "always_save_checkpoint": False,
     "gradient_accumulation_steps": 1,
     "learning_rate": 1e-3,

@@ -1,4 +1,6 @@
 import random
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,22 @@ def bare_run(config: Config, **parts: object) -> Run:
 @pytest.fixture(name="bare_run")
 def _bare_run():
     return bare_run
+
+
+def _wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a run in another process has logged a step."""
+    metrics = run / "metrics.jsonl"
+    for _ in range(6000):
+        if metrics.exists() and metrics.read_bytes().count(b'"train"') >= step:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.fixture
+def wait_for_step():
+    return _wait_for_step
 
 
 def tiny_config(**settings: object) -> Config:

@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -130,22 +129,9 @@ def children_of(process):
         return [int(child) for child in file.read().split()]
 
 
-def wait_for_step(run, step, process):
-    for _ in range(4000):
-        if (run / "metrics.jsonl").exists() and len(read_metrics_so_far(run)) >= step:
-            return
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    raise AssertionError(f"step {step} was not reached")
-
-
-def read_metrics_so_far(run):
-    return [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
-def test_a_lost_process_ends_the_run_and_a_restart_finishes_it(tmp_path, alone):
+def test_a_lost_process_ends_the_run_and_a_restart_finishes_it(tmp_path, alone, wait_for_step):
     command = ["train", "--config", alone / "config.json", "--training.save_interval", "2"]
     for restarts in (0, 1):
         run = tmp_path / f"restarts-{restarts}"
@@ -165,7 +151,7 @@ def test_a_lost_process_ends_the_run_and_a_restart_finishes_it(tmp_path, alone):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_signal_to_one_process_stops_all_and_resume_is_exact(tmp_path, alone, parallel):
+def test_a_signal_to_one_process_stops_all_and_resume_is_exact(tmp_path, alone, wait_for_step, parallel):
     run, straight = tmp_path / "run", tmp_path / "straight"
     command = ["train", "--config", alone / "config.json", "--training.parallel", parallel, "--output"]
     finish(torchrun(2, *command, straight))

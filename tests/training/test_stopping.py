@@ -23,16 +23,6 @@ def start(run, config, *options):
     )
 
 
-def wait_for_step(run, step, process):
-    metrics = run / "metrics.jsonl"
-    for _ in range(6000):
-        if metrics.exists() and metrics.read_bytes().count(b'"train"') >= step:
-            return
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    raise AssertionError(f"step {step} was not reached")
-
-
 @pytest.fixture
 def config(tmp_path, train_in):
     """The settings of a run that does not end by itself within this test."""
@@ -45,7 +35,7 @@ def config(tmp_path, train_in):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves_with_its_status(tmp_path, config, number, status):
+def test_a_signal_saves_and_leaves_with_its_status(tmp_path, config, wait_for_step, number, status):
     process = start(tmp_path / "run", config)
     wait_for_step(tmp_path / "run", 5, process)
     process.send_signal(number)

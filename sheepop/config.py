@@ -57,6 +57,12 @@ class ModelConfig(Section):
     positions: Literal["rotary", "sinusoidal", "learned", "none"] = Field(
         "rotary", description="how the order of tokens is told to the network"
     )
+    ngram_order: PositiveInt = Field(
+        1, description="embed the last 2, 3, ... up to so many tokens together as well, by look-ups; 1: none"
+    )
+    ngram_entries: PositiveInt = Field(
+        16384, description="most rows of each table of such groups; where there are more groups they share rows"
+    )
     rope_theta: float = Field(10000.0, gt=1, description="base of the rotary wavelengths")
     rope_scaling: Literal["none", "linear", "ntk", "yarn"] = Field(
         "none", description="how rotary positions are stretched to contexts longer than trained"

@@ -15,16 +15,22 @@ class Cache(Protocol):
     """What attention needs of a cache."""
 
     length: int
+    recent_tokens: Tensor
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values (B, K, T, C) of new tokens; return those of all tokens, (B, K, length + T, C)."""
+        ...
+
+    def advance(self, token_ids: Tensor) -> None:
+        """Count the tokens (B, T) of a forward pass, whose keys and values every layer has stored."""
         ...
 
 
 class KVCache:
     """One buffer a layer, allocated once for `capacity` tokens; reads are views, so nothing is copied.
 
-    `length` counts the tokens of whole forward passes: the model advances it after its last layer.
+    `length` counts the tokens of whole forward passes: the model advances it after its last layer. `recent_tokens` are
+    the last (B, `ngram_order` - 1) of them, -1 where there are not as many.
     """
 
     def __init__(
@@ -39,6 +45,7 @@ class KVCache:
         shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)  # (B, K, T, C)
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        self.recent_tokens = torch.full((batch_size, config.ngram_order - 1), -1, device=device)
         self.capacity = capacity
         self.length = 0
 
@@ -52,6 +59,14 @@ class KVCache:
         values[:, :, self.length : end] = value
         return keys[:, :, :end], values[:, :, :end]
 
+    def advance(self, token_ids: Tensor) -> None:
+        """Count the tokens (B, T) of a forward pass, whose keys and values every layer has stored."""
+        self.length += token_ids.shape[1]
+        kept = self.recent_tokens.shape[1]
+        if kept:
+            self.recent_tokens = torch.cat((self.recent_tokens, token_ids), dim=1)[:, -kept:]
+
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
         self.length = 0
+        self.recent_tokens = torch.full_like(self.recent_tokens, -1)

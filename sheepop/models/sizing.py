@@ -1,6 +1,6 @@
 """What a model costs before it is built: parameters, FLOPs and bytes, as pure functions of its settings."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from sheepop.config import ModelConfig
@@ -11,6 +11,7 @@ class ParameterCounts:
     """Parameters by part. A tied head is counted once, with the embedding."""
 
     embedding: int
+    ngrams: int
     positions: int
     attention: int
     feed_forward: int
@@ -20,7 +21,7 @@ class ParameterCounts:
     @property
     def total(self) -> int:
         """All trainable numbers."""
-        return self.embedding + self.positions + self.attention + self.feed_forward + self.norms + self.head
+        return sum(asdict(self).values())
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
@@ -36,12 +37,19 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     norm = D * (2 if config.norm == "layernorm" and config.bias else 1)
     return ParameterCounts(
         embedding=config.vocab_size * D,
+        ngrams=sum(ngram_table_sizes(config)) * D,
         positions=config.max_seq_len * D if config.positions == "learned" else 0,
         attention=L * attention,
         feed_forward=L * feed_forward,
         norms=(2 * L + 1) * norm + (2 * L * C if config.qk_norm else 0),
         head=0 if config.tie_weights else config.vocab_size * D,
     )
+
+
+def ngram_table_sizes(config: ModelConfig) -> list[int]:
+    """Return the rows of the tables for 2, 3, ... `ngram_order` tokens: one for each group where that fits."""
+    symbols = config.vocab_size + 1  # and one for "no token"
+    return [min(symbols**length, config.ngram_entries) for length in range(2, config.ngram_order + 1)]
 
 
 def inner_matrices(config: ModelConfig) -> int:

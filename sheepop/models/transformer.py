@@ -11,6 +11,7 @@ from sheepop.config import ModelConfig
 from sheepop.models.blocks import Context, Embedding, TransformerBlock, drop, make_norm
 from sheepop.models.kv_cache import KVCache
 from sheepop.models.linear import Linear, linear
+from sheepop.models.ngrams import NgramEmbedding
 from sheepop.models.positions import rotary_table, sinusoidal_table
 
 
@@ -27,6 +28,7 @@ class TransformerModel(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = Embedding(config.vocab_size, config.d_model)
+        self.ngram_embedding = NgramEmbedding(config) if config.ngram_order > 1 else None
         if config.positions == "learned":
             self.position_embedding = Embedding(config.max_seq_len, config.d_model)
         elif config.positions == "sinusoidal":
@@ -92,7 +94,7 @@ class TransformerModel(nn.Module):
         if document_ids is not None and cache is not None:
             raise ValueError("document_ids and a cache do not go together: a cache holds one document a row")
         dropout = self.config.dropout if self.training else 0.0
-        hidden = drop(self._embed(token_ids, start, document_ids), dropout)  # (B, T, D)
+        hidden = drop(self._embed(token_ids, document_ids, cache), dropout)  # (B, T, D)
         rotary = None
         if self.config.positions == "rotary":
             # Repeated for each head, once for all layers: products with rows that lie in one piece are faster.
@@ -102,14 +104,21 @@ class TransformerModel(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, context)
         if cache is not None:
-            cache.length = end
+            cache.advance(token_ids)
         return self.final_norm(hidden)  # type: ignore[no-any-return]
 
-    def _embed(self, token_ids: Tensor, start: int, document_ids: Tensor | None) -> Tensor:
-        """Return token embeddings plus, for absolute positions, what tells their place: (B, T, D)."""
-        embedded: Tensor = self.token_embedding(token_ids)
+    def _embed(self, token_ids: Tensor, document_ids: Tensor | None, cache: KVCache | None) -> Tensor:
+        """Return token embeddings plus those of the last few together and, for absolute positions, of the place."""
+        embedded: Tensor = self.token_embedding(token_ids)  # (B, T, D)
+        if self.ngram_embedding is not None:
+            if cache is not None:
+                before = cache.recent_tokens
+            else:
+                before = token_ids.new_full((token_ids.shape[0], self.config.ngram_order - 1), -1)
+            embedded = embedded + self.ngram_embedding(token_ids, before, document_ids)
         if self.config.positions not in ("learned", "sinusoidal"):
             return embedded
+        start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + token_ids.shape[1], device=token_ids.device)  # (T,)
         if document_ids is not None:
             positions = positions - document_starts(document_ids)  # (B, T)

@@ -40,6 +40,7 @@ def parameter_rows(plan: Plan) -> list[Row]:
     counts, model = plan.parameters, plan.config.model
     parts = {
         "embedding": (counts.embedding, "also the head" if model.tie_weights else ""),
+        "groups of tokens": (counts.ngrams, ""),
         "positions": (counts.positions, ""),
         "attention": (counts.attention, f"{model.num_layers} layers"),
         "feed-forward": (counts.feed_forward, ""),

@@ -32,6 +32,8 @@ VARIANTS = [
     {**MODERN, "sliding_window": 3, "positions": "learned"},
     {**MODERN, "rope_scaling": "yarn", "rope_scaling_factor": 2.0},
     {**CLASSIC, "head_dim": 10},
+    {**CLASSIC, "ngram_order": 2},
+    {**MODERN, "ngram_order": 4, "ngram_entries": 41, "positions": "learned"},
 ]
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sheepop.training.adamw import AdamW
+
 # The quintic of Jordan et al.: as steep at zero as it can be, so that five rounds bring small singular values up too.
 # They end between about 0.7 and 1.2, which serves as well as exactly one.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -31,7 +33,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices and PyTorch's fused AdamW for all else, as one optimizer with one state.
+    """Muon for matrices and AdamW for all else, as one optimizer with one state.
 
     A matrix that is several behind each other, such as the projection to queries, keys and values, is made orthogonal
     piece by piece; pieces of the same shape all at once. Updates have the size of AdamW's, 0.2 √max(R, C) times an
@@ -56,7 +58,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": 0.0, "pieces": None})
         self.momentum, self.dtype = momentum, dtype
         self.matrices = list(self.param_groups)
-        self.adamw = torch.optim.AdamW(others, fused=True)
+        self.adamw = AdamW(others)
         self.adamw.state = self.state
         self.param_groups += self.adamw.param_groups
 

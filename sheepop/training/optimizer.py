@@ -1,9 +1,12 @@
 """The optimizer of a run: AdamW, or Muon for the matrices inside the blocks; decay only where it belongs."""
 
+import sys
+
 import torch
 
 from sheepop.config import TrainingConfig
 from sheepop.models.transformer import TransformerModel
+from sheepop.training.adamw import AdamW
 from sheepop.training.muon import Muon
 from sheepop.utils.devices import cpu_has_bf16
 
@@ -18,6 +21,7 @@ def make_optimizer(model: TransformerModel, training: TrainingConfig) -> torch.o
     - `adamw` (Loshchilov and Hutter 2019), in one fused kernel a step;
     - `muon` (Jordan et al. 2024) for the matrices inside the blocks, with AdamW for embeddings, head and vectors.
     """
+    leave_compiler_out()
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     inner = {name for name, parameter in named.items() if name.startswith("blocks.") and parameter.dim() == 2}
     use_muon = training.optimizer == "muon"
@@ -34,7 +38,7 @@ def make_optimizer(model: TransformerModel, training: TrainingConfig) -> torch.o
     }
     others = [group | adamw for group in others]
     if not use_muon:
-        return torch.optim.AdamW(others, fused=True)
+        return AdamW(others)
     C, K, H, F = model.config.head_dim, model.config.num_kv_heads, model.config.num_heads, model.config.d_ff
     pieces = {
         "query_key_value.weight": [H * C, K * C, K * C],
@@ -54,3 +58,17 @@ def make_optimizer(model: TransformerModel, training: TrainingConfig) -> torch.o
     has_bf16 = model.device.type == "cuda" or cpu_has_bf16()
     dtype = torch.bfloat16 if has_bf16 else torch.float32
     return Muon(matrices, others, momentum=training.muon_momentum, dtype=dtype)
+
+
+def leave_compiler_out() -> None:
+    """Let optimizers work without PyTorch's compiler, whose import takes as long as that of all the rest.
+
+    It is imported to mark some methods of PyTorch's base class as not to be compiled, at their first call. Nothing here
+    compiles an optimizer, so the methods are put as they are where the marked ones are looked for.
+    """
+    if "torch._dynamo" in sys.modules:
+        return
+    for method in vars(torch.optim.Optimizer).values():
+        unmarked = getattr(method, "__wrapped__", None)
+        if unmarked is not None and not hasattr(unmarked, "__dynamo_disable"):
+            unmarked.__dynamo_disable = unmarked

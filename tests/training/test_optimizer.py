@@ -1,4 +1,6 @@
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -55,3 +57,23 @@ def test_several_steps_equal_adamw_written_out(tiny_config):
         optimizer.step()
     for (name, weight), parameter in zip(expected.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(parameter, weight, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_steps_do_not_import_the_compiler(optimizer):
+    """It would double the time to the first step of a short run."""
+    program = f"""
+import sys, torch
+from sheepop.config import load_config
+from sheepop.models.transformer import TransformerModel
+from sheepop.training.optimizer import make_optimizer
+config = load_config(preset="nano", overrides={{"training.optimizer": "{optimizer}", "model.qk_norm": True}})
+model = TransformerModel(config.model)
+optimizer = make_optimizer(model, config.training)
+for _ in range(2):
+    model(torch.zeros(1, 3, dtype=torch.int64)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

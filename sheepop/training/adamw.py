@@ -1,0 +1,56 @@
+"""AdamW: steps of the size of each weight's own usual gradient, with decay beside it (Loshchilov and Hutter 2019)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW in one fused kernel for each group of weights; equal to `torch.optim.AdamW(groups, fused=True)`.
+
+    PyTorch's own class imports its compiler at the first step, which takes as long as starting does otherwise.
+
+    Args:
+        groups: each with `params`, `lr`, `betas`, `eps` and `weight_decay`.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move all weights that have a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), device=parameter.device)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+            def held(name: str, parameters: list[Tensor] = parameters) -> list[Tensor]:
+                return [self.state[parameter][name] for parameter in parameters]
+
+            steps = held("step")
+            torch._foreach_add_(steps, 1)
+            beta1, beta2 = group["betas"]
+            torch._fused_adamw_(
+                parameters,
+                [parameter.grad for parameter in parameters],
+                held("exp_avg"),
+                held("exp_avg_sq"),
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )

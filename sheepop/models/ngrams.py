@@ -22,7 +22,8 @@ class NgramEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.order, self.vocab_size = config.ngram_order, config.vocab_size
-        self.tables = nn.ModuleList(Embedding(size, config.d_model) for size in ngram_table_sizes(config))
+        self.sizes = ngram_table_sizes(config)
+        self.tables = nn.ModuleList(Embedding(size, config.d_model) for size in self.sizes)
 
     def forward(self, token_ids: Tensor, before: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Map (B, T) token ids to (B, T, D).
@@ -35,15 +36,15 @@ class NgramEmbedding(nn.Module):
         tokens = torch.cat((before, token_ids), dim=1) + 1  # (B, order - 1 + T), 0 for none
         group = tokens[:, self.order - 1 :]  # (B, T), the group as a number whose digits are its tokens
         embedded: list[Tensor] = []
-        for back, table in enumerate(self.tables, start=1):
+        for back, (table, size) in enumerate(zip(self.tables, self.sizes, strict=True), start=1):
             earlier = tokens[:, self.order - 1 - back :][:, :time]
             if document_ids is not None:
                 is_same = document_ids[:, back:] == document_ids[:, :-back]  # (B, T - back)
                 earlier = torch.where(F.pad(is_same, (min(back, time), 0)), earlier, 0)
             group = group * symbols + earlier  # wraps at 64 bits
             rows = group
-            if symbols ** (back + 1) > table.num_embeddings:
+            if symbols ** (back + 1) > size:
                 mixed = group * MULTIPLIER  # its upper bits depend on all tokens
-                rows = (mixed ^ (mixed >> 32)) % table.num_embeddings
+                rows = (mixed ^ (mixed >> 32)) % size
             embedded.append(table(rows))
         return torch.stack(embedded).sum(0) if len(embedded) > 1 else embedded[0]

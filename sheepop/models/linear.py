@@ -40,13 +40,13 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def prefers_onednn(hidden: Tensor, weight: Tensor) -> bool:
     """Say whether oneDNN is faster: fp32 on a CPU that is not Intel's, a large product, no autocast, eager."""
     return (
-        hidden.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and hidden.device.type == "cpu"
         and not is_intel()
         and hidden.dtype == weight.dtype == torch.float32
         and (hidden.numel() // hidden.shape[-1]) * weight.numel() >= LEAST_PRODUCTS
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 

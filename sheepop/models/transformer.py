@@ -132,6 +132,17 @@ class TransformerModel(nn.Module):
             assert isinstance(block, TransformerBlock)
             block.recomputes = True
 
+    def compile_blocks(self, on: bool) -> None:
+        """Let the blocks compute by compiled code where they learn, or no longer; evaluation and generation never do.
+
+        One block is compiled, once, and serves all layers, so that compiling takes as long for a deep model as for a
+        flat one. Dropout draws the same numbers as without. Shapes are fixed: another one is compiled anew.
+        """
+        compiled = torch.compile(TransformerBlock.compute, dynamic=False, options={"fallback_random": True})
+        for block in self.blocks:
+            assert isinstance(block, TransformerBlock)
+            block.compiled = compiled if on else None
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sheepop.cli import main
+from sheepop.training.step import micro_batch_loss
 
 PROJECT = Path(__file__).parents[1]
 WORDS = ["sheep", "dog", "hill", "sees", "the", "a", "old", "and"]
@@ -287,7 +288,9 @@ def test_a_full_disk(place, sheepop, monkeypatch):
 
 
 def test_numbers_that_are_not_finite(place, sheepop, monkeypatch):
-    monkeypatch.setattr("sheepop.training.step.summed_cross_entropy", lambda logits, _: logits.sum() * math.nan)
+    monkeypatch.setattr(
+        "sheepop.training.step.micro_batch_loss", lambda learner, batch: micro_batch_loss(learner, batch) * math.nan
+    )
     code, _, err = sheepop(*train("--resume", "auto", "--training.max_steps", "5", output="run"))
     assert code == 5
     assert "At step 4 the loss was nan" in err.splitlines()[-1]

@@ -134,7 +134,8 @@ class TransformerBlock(nn.Module):
     """Pre-norm block: the sub-layers read a normalised copy and add to the residual stream (Xiong et al. 2020).
 
     With `recomputes` the backward pass computes the block's inner activations again from its input, which is all that
-    is kept (activation checkpointing: Chen et al. 2016); results are the same, dropout included.
+    is kept (activation checkpointing: Chen et al. 2016); results are the same, dropout included. With `compiled` it
+    computes by that function where it learns (`compile_blocks`).
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -145,14 +146,18 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = config.dropout
         self.recomputes = False
+        self.compiled: Callable[[TransformerBlock, Tensor, Context], Tensor] | None = None
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        if self.recomputes and torch.is_grad_enabled():
-            return checkpoint(self._pass, hidden, context, use_reentrant=False)  # type: ignore[no-any-return]
-        return self._pass(hidden, context)
+        is_learning = self.training and torch.is_grad_enabled()
+        compute = self.compiled if self.compiled is not None and is_learning else TransformerBlock.compute
+        if self.recomputes and is_learning:
+            return checkpoint(compute, self, hidden, context, use_reentrant=False)  # type: ignore[no-any-return]
+        return compute(self, hidden, context)
 
-    def _pass(self, hidden: Tensor, context: Context) -> Tensor:
+    def compute(self, hidden: Tensor, context: Context) -> Tensor:
+        """Do what `forward` does, without asking how."""
         dropout = self.dropout if self.training else 0.0
         hidden = hidden + drop(self.attention(self.attention_norm(hidden), context), dropout)
         return hidden + drop(self.feed_forward(self.feed_forward_norm(hidden)), dropout)

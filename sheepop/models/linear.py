@@ -1,9 +1,13 @@
 """The linear layer, through the faster of the two matrix libraries that PyTorch carries for the CPU.
 
 PyTorch sends fp32 products to MKL, which holds back on processors that its maker did not build: on an AMD EPYC the
-oneDNN library beside it takes up to a third less time for the same product (`benchmarks/linear.py`).
+oneDNN library beside it takes up to a third less time for the same product, on an Intel Xeon up to a half more
+(`benchmarks/linear.py`).
 """
 
+import platform
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,15 +38,42 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def prefers_onednn(hidden: Tensor, weight: Tensor) -> bool:
-    """Say whether oneDNN is there and the product is large enough for it: fp32 on a CPU, no autocast, eager."""
+    """Say whether oneDNN is faster: fp32 on a CPU that is not Intel's, a large product, no autocast, eager."""
     return (
-        hidden.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and hidden.device.type == "cpu"
+        and not is_intel()
         and hidden.dtype == weight.dtype == torch.float32
         and (hidden.numel() // hidden.shape[-1]) * weight.numel() >= LEAST_PRODUCTS
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
+
+
+@cache
+def is_intel() -> bool:
+    """Say whether Intel built this processor."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return "Intel" in platform.processor()
+
+
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return left (N, I) times the transpose of right (O, I), without a gradient; in `out` where that saves memory."""
+    if prefers_onednn(left, right):
+        return onednn_product(left, right)
+    return torch.mm(left, right.t(), out=out)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
+    """Add left (N, I) times the transpose of right (O, I) to `total` (N, O); the first one replaces what was there."""
+    if left.dtype == total.dtype and not prefers_onednn(left, right):
+        torch.addmm(total, left, right.t(), beta=0.0 if is_first else 1.0, out=total)
+    elif is_first:
+        total.copy_(product(left, right))
+    else:
+        total += product(left, right)
 
 
 def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from sheepop.config import ModelConfig
+from sheepop.models.head_loss import rows_at_once
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def activation_bytes(
     on_gpu: bool = False,
     activation_checkpointing: bool = False,
 ) -> int:
-    """Return the bytes that a forward pass keeps for the backward pass, but for the logits.
+    """Return the bytes that a forward pass keeps for the backward pass, but for the head's gradients.
 
     With `activation_checkpointing` each block keeps its input alone and is run again in the backward pass (Chen et
     al. 2016), so that the whole of one block exists at a time.
@@ -187,23 +188,32 @@ def activation_bytes(
         on_gpu=on_gpu,
     )
     layers = config.num_layers * 4 * N * D + layer if activation_checkpointing else config.num_layers * layer
-    outside = 16 * N + norm_activation_bytes(config, N, on_gpu=on_gpu) + e * N * D  # ids, targets, final norm
+    outside = 8 * N + norm_activation_bytes(config, N, on_gpu=on_gpu)  # ids; final norm
     if config.positions == "rotary":
         outside += 4 * context * (config.num_heads + config.num_kv_heads) * config.head_dim
     if config.dropout:
         outside += (1 if on_gpu else 4) * N * D
     if e < 4:  # autocast keeps a copy of each matrix that multiplies
         counts = count_parameters(config)
-        outside += e * (counts.attention + counts.feed_forward + config.vocab_size * D)
+        outside += e * (counts.attention + counts.feed_forward)
     return layers + outside
 
 
-def logits_bytes(config: ModelConfig, *, batch_size: int, context: int, bytes_per_number: int = 4) -> int:
-    """Return the bytes of the logits and their fp32 company at the loss's backward pass, where they are most.
+def logits_bytes(
+    config: ModelConfig, *, batch_size: int, context: int, bytes_per_number: int = 4, on_gpu: bool = False
+) -> int:
+    """Return the bytes of the logits that exist at one time and of what the head makes of them (`head_loss.py`).
 
-    The logits themselves, and in fp32 their log-softmax, its gradient, and the gradient that comes of it.
+    In fp32 on a CPU log-softmax and gradient take the logits' place. On a GPU there are two fp32 ones at a time, and
+    with mixed precision on a CPU one and the gradient in the computing type. At the end there are the gradients of what
+    the head reads and of its weight; with mixed precision a chunk's part of the latter stands beside it.
     """
-    return batch_size * context * config.vocab_size * (bytes_per_number + 3 * 4)
+    rows = min(batch_size * context, rows_at_once(config.vocab_size, "cuda" if on_gpu else "cpu"))
+    is_mixed = bytes_per_number < 4
+    beside = 4 if on_gpu else bytes_per_number if is_mixed else 0
+    part = bytes_per_number if is_mixed else 0
+    gradients = config.d_model * (config.vocab_size * (4 + part) + batch_size * context * 4)
+    return rows * config.vocab_size * (4 + beside) + gradients
 
 
 @dataclass(frozen=True)
@@ -231,8 +241,8 @@ class TrainingBytes:
     def transient(self) -> int:
         """What comes and goes within a step, at its largest.
 
-        At the start of the backward pass all activations are there and, in the first micro-batch, no gradient is; at
-        its end it is the other way round.
+        At the start of the backward pass all activations are there and, in the first micro-batch, no gradient is but
+        the head's; at its end it is the other way round.
         """
         return max(self.activations + self.logits + self.gradients_at_start, self.gradients)
 
@@ -273,6 +283,8 @@ def training_bytes(
             on_gpu=on_gpu,
             activation_checkpointing=activation_checkpointing,
         ),
-        logits=logits_bytes(config, batch_size=batch_size, context=context, bytes_per_number=bytes_per_number),
+        logits=logits_bytes(
+            config, batch_size=batch_size, context=context, bytes_per_number=bytes_per_number, on_gpu=on_gpu
+        ),
         gradients_at_start=weights if gradient_accumulation_steps > 1 else 0,
     )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sheepop.config import ModelConfig
 from sheepop.models.blocks import Context, Embedding, TransformerBlock, drop, make_norm
+from sheepop.models.head_loss import summed_head_loss
 from sheepop.models.kv_cache import KVCache
 from sheepop.models.linear import Linear, linear
 from sheepop.models.ngrams import NgramEmbedding
@@ -63,14 +64,19 @@ class TransformerModel(nn.Module):
         self,
         token_ids: Tensor,
         *,
+        targets: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """Return the logits (B, T, V) of the token after each position; with `last_only` (B, 1, V).
 
+        With `targets` return their loss instead, summed in nats, an fp32 scalar (`head_loss.py`): it is made here
+        and not by who calls, so that wrappers for several processes see the whole of it.
+
         Args:
             token_ids: (B, T) integers below `vocab_size`.
+            targets: (B, T), the token after each position, negative where there is none.
             document_ids: (B, T), tokens with different numbers do not see each other; positions that are added to
                 embeddings restart with each document. Not together with a cache.
             cache: keys and values of the `cache.length` tokens before these; it grows by T.
@@ -79,6 +85,8 @@ class TransformerModel(nn.Module):
             ValueError: more tokens than `max_seq_len`.
         """
         hidden = self.hidden_states(token_ids, document_ids=document_ids, cache=cache)
+        if targets is not None:
+            return summed_head_loss(hidden, self.head.weight, targets)
         if last_only:
             hidden = hidden[:, -1:]
         return linear(hidden, self.head.weight)  # (B, T, V)
@@ -132,6 +140,17 @@ class TransformerModel(nn.Module):
         for block in self.blocks:
             assert isinstance(block, TransformerBlock)
             block.recomputes = True
+
+    def compile_blocks(self, on: bool) -> None:
+        """Let the blocks compute by compiled code where they learn, or no longer; evaluation and generation never do.
+
+        One block is compiled, once, and serves all layers, so that compiling takes as long for a deep model as for a
+        flat one. Dropout draws the same numbers as without. Shapes are fixed: another one is compiled anew.
+        """
+        compiled = torch.compile(TransformerBlock.compute, dynamic=False, options={"fallback_random": True})
+        for block in self.blocks:
+            assert isinstance(block, TransformerBlock)
+            block.compiled = compiled if on else None
 
     @property
     def device(self) -> torch.device:

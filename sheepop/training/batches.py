@@ -17,9 +17,11 @@ def batch_loader(run: Run) -> Callable[[int], list[MicroBatch]]:
 
     Every process gets equally many, because the exchange of gradients needs all of them; where micro-batches are
     missing, at the end of an epoch or when they do not divide evenly, an empty one stands in, without a target.
+    For compiled code, which is made for one shape, short ones are filled up with sequences without a target.
     """
     data, device, world = run.config.data, run.model.device, run.world
     tokens = run.corpus.split("train").tokens
+    least_rows = run.config.training.batch_size if run.config.training.compile == "on" else 0
 
     def read(windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
         if run.packing is not None:
@@ -37,6 +39,10 @@ def batch_loader(run: Run) -> Callable[[int], list[MicroBatch]]:
             inputs, targets, *documents = read(shares[0][0][:1] if is_empty else shares[1][position])
             if is_empty:
                 targets = np.full_like(targets, IGNORE_INDEX)
+            if len(inputs) < least_rows:
+                missing = ((0, least_rows - len(inputs)), (0, 0))
+                inputs, *documents = (np.pad(array, missing) for array in (inputs, *documents))
+                targets = np.pad(targets, missing, constant_values=IGNORE_INDEX)
             loaded.append(
                 MicroBatch(
                     index=position * world.size + world.rank,

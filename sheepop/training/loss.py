@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy summed over real targets, to be divided by their number over the whole step."""
+"""The training loss written out to be read: the reference that `models/head_loss.py` is tested against."""
 
 from torch import Tensor
 from torch.nn import functional as F

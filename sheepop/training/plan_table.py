@@ -77,7 +77,7 @@ def memory_rows(plan: Plan) -> list[Row]:
         ("gradients", tensors.gradients, "come as activations go" if not tensors.gradients_at_start else ""),
         ("optimizer", tensors.optimizer, "moments of each weight"),
         ("activations", tensors.activations, f"of {plan.config.training.batch_size} sequences, kept for backward"),
-        ("logits", tensors.logits, "with the loss's copies"),
+        ("logits", tensors.logits, "of a part of the tokens, and the head's gradients"),
         ("allocator", memory.allocator, "freed blocks that do not fit again, about"),
         ("copy", memory.copy, "of the weights, to measure steps on for --minutes"),
         ("process", memory.process, "Python and libraries, measured"),

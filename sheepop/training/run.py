@@ -15,6 +15,7 @@ from sheepop.models.pretrained import checkpoints_of, read_settings
 from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.checkpoint import read_state, resolve_resume, restore
+from sheepop.training.compiling import decide_compiling, with_compiling
 from sheepop.training.distributed import (
     World,
     choose_parallel,
@@ -120,6 +121,7 @@ def start_run(
         run = set_up(asked, corpus, device=device, world=world)
         if checkpoint is not None:
             resume_from(run, checkpoint, accept_changes=accept_changes)
+        decide_compiling(run)
         if world.is_main:
             write_json(run_folder / "config.json", run.config.model_dump())
             describe(run)
@@ -268,6 +270,10 @@ def resume_from(run: Run, checkpoint: Path, *, accept_changes: bool) -> None:
         ConfigError: settings that change the course of training differ, and that was not accepted.
     """
     before = read_settings(checkpoint)
+    if before.training.compile == "auto":  # of a version that did not compile
+        before = with_compiling(before, "off")
+    if run.config.training.compile == "auto":
+        run.config = with_compiling(run.config, before.training.compile)
     changes = changed_settings(before, run.config)
     saved_tokenizer = Tokenizer.load(checkpoint)
     if saved_tokenizer.fingerprint != run.tokenizer.fingerprint:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sheepop.training.distributed import full, gradient_exchange, sum_over_processes
 from sheepop.training.guard import Verdict, allows_update
-from sheepop.training.loss import summed_cross_entropy
 from sheepop.training.profiling import begin_part
 from sheepop.training.signals import StopRequest
 from sheepop.training.state import Learner
@@ -57,6 +56,17 @@ class StepResult:
     stop_asked: bool = False
 
 
+def micro_batch_loss(learner: Learner, batch: MicroBatch) -> Tensor:
+    """Return the loss of a micro-batch, summed over its real targets in nats, as an fp32 scalar with a gradient.
+
+    A sum, not a mean: micro-batches and processes hold different numbers of real targets, and only the division
+    by the total of the step makes the update independent of how the step was cut.
+    """
+    dtype = learner.precision.autocast_dtype
+    with torch.autocast(learner.model.device.type, dtype, enabled=dtype is not None):
+        return learner.forward(batch.token_ids, targets=batch.targets, document_ids=batch.document_ids)  # type: ignore[no-any-return]
+
+
 def train_step(
     learner: Learner,
     micro_batches: Sequence[MicroBatch],
@@ -99,11 +109,8 @@ def train_step(
         # process runs it.
         if model.config.dropout:
             torch.manual_seed(derive_seed(learner.config.seed, "dropout", step, batch.index))
-        autocast = torch.autocast(device.type, precision.autocast_dtype, enabled=precision.autocast_dtype is not None)
         with gradient_exchange(learner.forward, learner.parallel, is_last=number == len(micro_batches)):
-            with autocast:
-                logits = learner.forward(batch.token_ids, document_ids=batch.document_ids)  # (B, T, V)
-            loss = summed_cross_entropy(logits, batch.targets) / num_targets
+            loss = micro_batch_loss(learner, batch) / num_targets
             begin_part("backward")
             (loss * factor if factor != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.detach()

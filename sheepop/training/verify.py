@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sheepop.config import LENGTH_KEYS, Config, load_config
-from sheepop.evaluation.plots import METRICS_FILE
+from sheepop.evaluation.plots import CONFIG_FILE, METRICS_FILE
 from sheepop.evaluation.report import SAMPLES_FILE
 from sheepop.models.pretrained import BEST_POINTER, LATEST_POINTER, WEIGHTS_FILE, read_tensors
 from sheepop.training.checkpoint import OPTIMIZER_FILE, find_resume, read_state
@@ -25,7 +25,7 @@ from sheepop.training.distributed import World
 from sheepop.training.metrics import EVENTS_FILE
 from sheepop.training.run import open_text, require_text
 from sheepop.utils.errors import CheckpointError, ConfigError, SheepopError
-from sheepop.utils.files import write_json
+from sheepop.utils.files import read_json, write_json
 from sheepop.utils.logging import log
 
 CLOCK_KEYS = ("elapsed_seconds", "tokens_per_second", "mfu")  # what two runs never have in common
@@ -67,6 +67,10 @@ def prove_resume(
         straight, interrupted = Path(folder) / "straight", Path(folder) / "interrupted"
         log(f"a straight run of {steps} steps")
         _finish(_start(settings, straight))
+        # What was decided by a clock must be the same in the other run.
+        decided = read_json(straight / CONFIG_FILE, CheckpointError)["training"]["compile"]
+        asked = read_json(settings, ConfigError)
+        write_json(settings, asked | {"training": asked["training"] | {"compile": decided}})
         interruptions = []
         resume: list[str] = []
         for number, how in ((steps // 3, signal.SIGTERM), (2 * steps // 3, signal.SIGKILL)):

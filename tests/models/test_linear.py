@@ -1,8 +1,18 @@
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from sheepop.models.linear import LEAST_PRODUCTS, LEAST_WEIGHTS, OneDNNLinear, linear, prefers_onednn
+from sheepop.models.linear import (
+    LEAST_PRODUCTS,
+    LEAST_WEIGHTS,
+    OneDNNLinear,
+    add_product,
+    linear,
+    prefers_onednn,
+    product,
+)
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs PyTorch with oneDNN")
 
@@ -29,7 +39,8 @@ def test_onednn_gives_the_stock_layers_values_and_gradients(inputs, outputs, bia
 
 
 @needs_onednn
-def test_only_large_fp32_products_on_a_cpu_go_to_onednn():
+def test_only_large_fp32_products_on_a_cpu_of_another_maker_than_intel_go_to_onednn(monkeypatch):
+    monkeypatch.setattr("sheepop.models.linear.is_intel", lambda: False)
     weight = torch.empty(256, 128)
     rows = LEAST_PRODUCTS // weight.numel()
     assert prefers_onednn(torch.empty(rows, 128), weight)
@@ -39,6 +50,26 @@ def test_only_large_fp32_products_on_a_cpu_go_to_onednn():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not prefers_onednn(torch.empty(rows, 128), weight)
         assert linear(torch.zeros(rows, 128), weight).dtype == torch.bfloat16
+    monkeypatch.setattr("sheepop.models.linear.is_intel", lambda: True)
+    assert not prefers_onednn(torch.empty(rows, 128), weight)
+
+
+@needs_onednn
+@pytest.mark.parametrize("intel", [False, True])
+def test_products_without_a_gradient_are_the_same_by_either_library(intel, monkeypatch):
+    monkeypatch.setattr("sheepop.models.linear.is_intel", lambda: intel)
+    left, right = torch.randn(300, 256), torch.randn(128, 256)
+    assert prefers_onednn(left, right) == (not intel)
+    expected = left.double() @ right.double().t()
+    torch.testing.assert_close(product(left, right).double(), expected, rtol=0, atol=1e-4)
+    total = torch.full((300, 128), math.nan)
+    add_product(total, left, right, is_first=True)
+    torch.testing.assert_close(total.double(), expected, rtol=0, atol=1e-4)
+    add_product(total, left, right, is_first=False)
+    torch.testing.assert_close(total.double(), 2 * expected, rtol=0, atol=1e-4)
+    low = [tensor.bfloat16() for tensor in (left, right)]
+    add_product(total, *low, is_first=True)
+    assert float((total - expected).norm()) < 0.01 * float(expected.norm())
 
 
 def test_frozen_parts_get_no_gradient():

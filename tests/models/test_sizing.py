@@ -32,7 +32,7 @@ def model_config(preset, **settings):
 
 
 def bytes_saved_for_backward(config, *, dtype=None, document_ids=None):
-    """Bytes of the distinct blocks of memory that autograd keeps, without weights, and those of the log-softmax."""
+    """Bytes of the distinct blocks of memory that autograd keeps, without weights and without the head's gradients."""
     torch.manual_seed(0)
     model = TransformerModel(config).train()
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
@@ -45,11 +45,10 @@ def bytes_saved_for_backward(config, *, dtype=None, document_ids=None):
         return tensor
 
     token_ids = torch.randint(0, config.vocab_size, (B, T))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            logits = model(token_ids, document_ids=document_ids)
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), token_ids.flatten())
-    return sum(blocks.values()) - 4 * B * T * V
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        model(token_ids, targets=token_ids, document_ids=document_ids)
+    return sum(blocks.values()) - 4 * config.d_model * (V + B * T)
 
 
 VARIANTS = [
@@ -106,11 +105,20 @@ def test_the_peak_has_activations_or_gradients_but_not_both_unless_gradients_are
     config = model_config("classic")
     once = training_bytes(config, batch_size=B, context=T)
     assert once.peak == once.weights + once.optimizer + once.activations + once.logits
-    assert once.logits == logits_bytes(config, batch_size=B, context=T) == 4 * 4 * B * T * V
+    assert once.logits == logits_bytes(config, batch_size=B, context=T) == 4 * (B * T * V + 40 * (V + B * T))
     several = training_bytes(config, batch_size=B, context=T, gradient_accumulation_steps=2)
     assert several.peak == once.peak + once.gradients
     little = training_bytes(config, batch_size=1, context=1)
     assert little.peak == little.state
+
+
+def test_the_logits_are_those_of_a_chunk():
+    config = load_config(preset="gpt2").model
+    head = 4 * 768 * (50257 + 8 * 1024)
+    assert logits_bytes(config, batch_size=8, context=1024) == 4 * 512 * 50257 + head
+    assert logits_bytes(config, batch_size=8, context=1024, on_gpu=True) == 2 * 4 * 4096 * 50257 + head
+    mixed = logits_bytes(config, batch_size=8, context=1024, bytes_per_number=2)
+    assert mixed == (4 + 2) * 512 * 50257 + head + 2 * 768 * 50257
 
 
 def test_the_optimizer_keeps_what_the_plan_says():

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from sheepop.config import ModelConfig
 from sheepop.models.kv_cache import KVCache
@@ -176,3 +177,19 @@ def test_too_long_sequences_are_refused():
 def test_document_starts():
     starts = document_starts(torch.tensor([[5, 5, 6, 6, 6, 7]]))
     assert starts.tolist() == [[0, 0, 2, 2, 2, 5]]
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("family", [CLASSIC, MODERN], ids=["classic", "modern"])
+def test_with_targets_it_returns_their_loss_and_the_gradients_of_all_weights(family, tie_weights):
+    model = make(**family | {"tie_weights": tie_weights})
+    token_ids, targets = ids(seed=1), ids(seed=2)
+    targets[1, 4:] = -1
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    logits = model(token_ids)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+    loss = model(token_ids, targets=targets)
+    torch.testing.assert_close(loss, expected)
+    pairs = zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True)
+    for name, (found, wanted) in zip(names, pairs, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, msg=name)

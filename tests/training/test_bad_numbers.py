@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from sheepop.training.checkpoint import find_resume, read_state
-from sheepop.training.loss import summed_cross_entropy
+from sheepop.training.step import micro_batch_loss
 from sheepop.utils.devices import Precision
 from sheepop.utils.errors import NonFiniteError
 
@@ -37,12 +37,12 @@ def spoil(monkeypatch):
     def install(factors):
         calls = 0
 
-        def spoiled(logits, targets):
+        def spoiled(learner, batch):
             nonlocal calls
             calls += 1
-            return summed_cross_entropy(logits, targets) * factors.get(calls, 1.0)
+            return micro_batch_loss(learner, batch) * factors.get(calls, 1.0)
 
-        monkeypatch.setattr("sheepop.training.step.summed_cross_entropy", spoiled)
+        monkeypatch.setattr("sheepop.training.step.micro_batch_loss", spoiled)
 
     return install
 
@@ -110,9 +110,9 @@ def test_fp16_overflows_shrink_the_scale_and_resume_is_exact(tmp_path, train_in,
     assert state.loss_scale.value < 2.0**22
     assert state.guard.skipped == 0
     overflows = [event["step"] for event in read_lines(straight / "events.jsonl")]
-    assert overflows == list(range(1, len(overflows) + 1))
-    assert 0 < len(overflows) < 12
-    first = len(overflows) + 1
+    assert overflows[0] == 1
+    assert overflows[-1] < 12
+    first = overflows[-1] + 1
     train_in(tmp_path / "run", **SETTINGS | {"training.max_steps": first, "training.schedule": "constant"})
     train_in(tmp_path / "run", resume="auto", **SETTINGS, **{"training.schedule": "constant"})
     assert_same_tensors(straight / "checkpoint_step_12", tmp_path / "run/checkpoint_step_12")
@@ -133,7 +133,7 @@ def run_two(run, *arguments, breaking=()):
 @pytest.mark.slow
 @pytest.mark.parametrize("bad", ["nan", "inf"])
 def test_a_bad_number_on_one_of_two_processes_changes_neither(tmp_path, train_in, bad):
-    in_the_fifth_step = (bad, "sheepop.training.step.summed_cross_entropy", 5)  # each has one micro-batch a step
+    in_the_fifth_step = (bad, "sheepop.training.step.micro_batch_loss", 5)  # each has one micro-batch a step
     alone = train_in(tmp_path / "alone", **SETTINGS)
     config = ["--config", alone / "config.json"]
     whole = tmp_path / "whole"

@@ -181,7 +181,7 @@ def test_a_restart_does_not_go_on_with_a_run_that_is_not_its_own(tmp_path, alone
 def test_a_sharded_run_that_never_made_a_step_goes_on(tmp_path, alone):
     run = tmp_path / "run"
     command = ["train", "--config", alone / "config.json", "--training.parallel", "fsdp", "--output", run]
-    first_loss = [Path(__file__).with_name("break_at.py"), "nan", "sheepop.training.step.summed_cross_entropy", 1]
+    first_loss = [Path(__file__).with_name("break_at.py"), "nan", "sheepop.training.step.micro_batch_loss", 1]
     process = torchrun(2, *command, program=first_loss)
     _, errors = process.communicate(timeout=120)
     assert "At step 1 the loss was nan" in errors

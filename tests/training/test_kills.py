@@ -26,7 +26,7 @@ SETTINGS = {
 }
 # What is called when, and which moments of it there are.
 FUNCTIONS = {
-    "sheepop.training.step.summed_cross_entropy": ("before", "after"),  # between micro-batches
+    "sheepop.training.step.micro_batch_loss": ("before", "after"),  # between micro-batches
     "torch.optim.AdamW.step": ("before", "after"),
     "sheepop.training.metrics._append": ("before", "middle", "after"),
     "sheepop.models.pretrained.save_file": ("before", "middle", "after"),  # weights and moments

@@ -7,7 +7,7 @@ import torch
 
 from sheepop.data.dataset import IGNORE_INDEX
 from sheepop.training.loss import summed_cross_entropy
-from sheepop.training.step import MicroBatch, train_step
+from sheepop.training.step import MicroBatch, micro_batch_loss, train_step
 
 
 def rows(count=6, time=11, vocab=23, seed=4):
@@ -94,15 +94,15 @@ def test_a_bad_number_changes_nothing(tiny_config, bare_run, monkeypatch, bad, w
     assert step(run, batches).is_updated
     weights, moments = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
 
-    def spoiled(logits, targets):
-        loss = summed_cross_entropy(logits, targets)
+    def spoiled(learner, batch):
+        loss = micro_batch_loss(learner, batch)
         if where == "loss":
             return loss * bad
-        logits.register_hook(lambda gradient: gradient * bad)
+        loss.register_hook(lambda gradient: gradient * bad)
         return loss
 
     with monkeypatch.context() as patch:
-        patch.setattr("sheepop.training.step.summed_cross_entropy", spoiled)
+        patch.setattr("sheepop.training.step.micro_batch_loss", spoiled)
         result = step(run, batches, 1)
     assert (result.verdict, result.is_updated) == ("bad", False)
     assert not math.isfinite(result.grad_norm)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from sheepop.cli import main
 from sheepop.training.checkpoint import find_resume, read_state
-from sheepop.training.loss import summed_cross_entropy
 from sheepop.training.run import start_run
+from sheepop.training.step import micro_batch_loss
 from sheepop.utils.errors import Interrupted, NonFiniteError
 
 FAMILIES = {
@@ -97,7 +97,7 @@ def test_stop_and_resume_equals_an_undisturbed_run(tmp_path, train_in, signal_at
 
 # What was under way when the signal came, the how manieth time, and after which step the run then left.
 MOMENTS = {
-    "between two micro-batches": ("sheepop.training.step.summed_cross_entropy", 9, 4),
+    "between two micro-batches": ("sheepop.training.step.micro_batch_loss", 9, 4),
     "in the last backward pass": ("torch.nn.utils.get_total_norm", 5, 5),
     "in the update": ("torch.optim.AdamW.step", 5, 5),
     "in a validation": ("sheepop.training.validation.evaluate_tokens", 2, 7),
@@ -228,13 +228,13 @@ def test_a_bad_number_stops_the_run_with_the_last_good_state(tmp_path, train_in,
     straight = train_in(tmp_path / "straight", **settings)
     calls = 0
 
-    def spoiled_once(logits, targets):
+    def spoiled_once(learner, batch):
         nonlocal calls
         calls += 1
-        loss = summed_cross_entropy(logits, targets)
+        loss = micro_batch_loss(learner, batch)
         return loss * math.nan if calls == 2 * 4 + 1 else loss  # in the fifth step of two micro-batches
 
-    monkeypatch.setattr("sheepop.training.step.summed_cross_entropy", spoiled_once)
+    monkeypatch.setattr("sheepop.training.step.micro_batch_loss", spoiled_once)
     settings["training.save_interval"] = None
     with pytest.raises(NonFiniteError, match=r"At step 5 the loss was nan") as caught:
         train_in(tmp_path / "run", **settings)

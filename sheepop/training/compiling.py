@@ -1,0 +1,120 @@
+"""Whether a run's blocks are compiled by torch.compile: where that can be done and the run is long enough to repay it.
+
+Decided once, before the first step, and written into the run's settings as `on` or `off`: compiled code rounds in other
+places, so that a resumed run must go the way it began.
+"""
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from sheepop.config import Config
+from sheepop.models.sizing import training_flops_per_token
+from sheepop.training.batches import batch_loader
+from sheepop.training.distributed import on_main
+from sheepop.training.length import measure_seconds_per_step, total_steps_without_clock
+from sheepop.training.state import Run
+from sheepop.training.step import train_step
+from sheepop.utils.errors import ConfigError
+from sheepop.utils.logging import log
+
+# Measured on two cores (`docs/log.md`): a block takes 9 to 15 seconds to compile, whatever its width and the number of
+# layers, 2.5 from the cache; a step then takes 0.75 to 1.04 of its time. On a GPU estimates, not measured.
+COMPILE_SECONDS = {"cpu": 15.0, "cuda": 40.0}
+MOST_SAVED = {"cpu": 0.25, "cuda": 0.5}  # of a step
+LEAST_SAVED = 0.03  # else the difference is noise
+# A run of fewer operations is over before it is repaid, so that not even a step of it is measured.
+LEAST_FLOPS = {"cpu": 2e12, "cuda": 1e15}
+MEASURED_STEPS = 5
+
+
+def decide_compiling(run: Run) -> None:
+    """Settle `training.compile`: say what is done and why, and compile the blocks where that is it.
+
+    Raises:
+        ConfigError: `on` without a compiler.
+    """
+    asked, device = run.config.training.compile, run.model.device
+    missing = on_main(run.world, lambda: missing_compiler(device))
+    if asked == "on" and missing:
+        raise ConfigError(
+            f"training.compile is on, but {missing}. Install it, or say --training.compile off (auto compiles where it "
+            "can). A run that began with compiled code needs --accept-changes for that: it will round in other places."
+        )
+    decision = not missing and (asked == "on" or (asked == "auto" and pays(run)))
+    if decision:
+        keep_compiled_code()
+    run.model.compile_blocks(decision)
+    run.config = with_compiling(run.config, "on" if decision else "off")
+
+
+def with_compiling(config: Config, decision: str) -> Config:
+    """Return the settings with `training.compile` settled."""
+    return config.model_copy(update={"training": config.training.model_copy(update={"compile": decision})})
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Say what compiling for `device` lacks, or None."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton, which compiles for GPUs, is not installed"
+    elif device.type != "cpu":
+        return f"PyTorch does not compile well for {device.type}"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        return "there is no C++ compiler (g++ or clang++)"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Python's header files, which compiled code needs, are not there (package python3-dev)"
+    return None
+
+
+def keep_compiled_code() -> None:
+    """Keep what is compiled for later runs, in the user's cache folder; `TORCHINDUCTOR_CACHE_DIR` names another."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "sheepop" / "inductor"))
+
+
+def pays(run: Run) -> bool:
+    """Say whether the run ends earlier with compiled blocks, by some of its steps made both ways without an update."""
+    training, device = run.config.training, run.model.device.type
+    tokens = training.batch_size * training.gradient_accumulation_steps * run.config.data.max_length
+    total_steps = total_steps_without_clock(training, run.sampler.steps_per_epoch)
+    steps = None if total_steps is None else total_steps - run.state.step
+    flops = tokens * training_flops_per_token(run.config.model, run.config.data.max_length)
+    if steps is not None and steps * flops < LEAST_FLOPS[device]:
+        return say(run, False, f"{steps} steps of this size are over before it pays")
+    eager = measure(run)
+    seconds = 60 * (training.max_minutes or 0.0) if steps is None else steps * eager
+    if seconds * MOST_SAVED[device] < COMPILE_SECONDS[device]:
+        return say(run, False, f"a run of some {seconds:.0f} seconds is too short to repay it")
+    keep_compiled_code()
+    run.model.compile_blocks(True)
+    try:
+        compiled = measure(run)
+    except Exception as error:  # a compiler may fail in many ways, and none of them is the user's concern
+        return say(run, False, f"the compiler failed: {str(error).strip().splitlines()[0]}")
+    times = f"a step takes {compiled * 1000:.3g} ms compiled and {eager * 1000:.3g} ms not"
+    return say(run, compiled < (1 - LEAST_SAVED) * eager, times)
+
+
+def measure(run: Run) -> float:
+    """Return the median seconds of a step without its update, which changes nothing; on all processes together."""
+    batches = batch_loader(run)(run.state.step)
+    return measure_seconds_per_step(
+        lambda step: train_step(run, batches, step=step, learning_rate=0.0, update=False),
+        device=run.model.device,
+        first_step=run.state.step,
+        seconds=0.0,
+        at_least=MEASURED_STEPS,
+    )
+
+
+def say(run: Run, decision: bool, reason: str) -> bool:
+    """Return the main process's decision, after it has told it with its reason: clocks differ."""
+    decision = on_main(run.world, lambda: decision)
+    if run.world.is_main:
+        log(f"compile: {'on' if decision else 'off'} ({reason})")
+    return decision

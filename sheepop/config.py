@@ -144,6 +144,9 @@ class TrainingConfig(Section):
     )
     decay_fraction: float = Field(0.2, gt=0, le=1, description="share of the run that schedule 'wsd' decays over")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(100, description="steps of linear warm-up")
+    token_noise: Fraction = Field(
+        0.0, description="share of input tokens replaced by random ones of the text; against learning it by heart"
+    )
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; never of norms and biases")
     beta1: Fraction = Field(0.9, description="decay of AdamW's first moment")
     beta2: Fraction = Field(0.95, description="decay of AdamW's second moment")

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sheepop.data.dataset import IGNORE_INDEX, document_ids, read_windows
+from sheepop.data.dataset import IGNORE_INDEX, Tokens, document_ids, read_windows
 from sheepop.data.packing import read_packed
 from sheepop.training.state import Run
 from sheepop.training.step import MicroBatch
+from sheepop.utils.seeds import derive_seed
 
 
 def batch_loader(run: Run) -> Callable[[int], list[MicroBatch]]:
@@ -21,6 +22,7 @@ def batch_loader(run: Run) -> Callable[[int], list[MicroBatch]]:
     """
     data, device, world = run.config.data, run.model.device, run.world
     tokens = run.corpus.split("train").tokens
+    noise, seed = run.config.training.token_noise, run.config.seed
     least_rows = run.config.training.batch_size if run.config.training.compile == "on" else 0
 
     def read(windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
@@ -36,7 +38,10 @@ def batch_loader(run: Run) -> Callable[[int], list[MicroBatch]]:
         loaded = []
         for position in range(len(shares[0])):  # the first process's share is never smaller
             is_empty = position >= len(shares[1])
+            index = position * world.size + world.rank
             inputs, targets, *documents = read(shares[0][0][:1] if is_empty else shares[1][position])
+            if noise:
+                inputs = replace_some(inputs, noise, tokens, seed=derive_seed(seed, "token_noise", step, index))
             if is_empty:
                 targets = np.full_like(targets, IGNORE_INDEX)
             if len(inputs) < least_rows:
@@ -45,7 +50,7 @@ def batch_loader(run: Run) -> Callable[[int], list[MicroBatch]]:
                 targets = np.pad(targets, missing, constant_values=IGNORE_INDEX)
             loaded.append(
                 MicroBatch(
-                    index=position * world.size + world.rank,
+                    index=index,
                     token_ids=to_device(inputs, device),
                     targets=to_device(targets, device),
                     num_targets=int(np.count_nonzero(targets != IGNORE_INDEX)),
@@ -61,3 +66,16 @@ def to_device(array: NDArray[np.int64], device: torch.device) -> torch.Tensor:
     """Copy an array to the device; to a GPU through pinned memory, so that computing does not wait for it."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def replace_some(inputs: NDArray[np.int64], share: float, tokens: Tokens, *, seed: int) -> NDArray[np.int64]:
+    """Return a copy of `inputs` (B, T) in which about a share of the ids are others, drawn from the text `tokens`.
+
+    A model that cannot trust each token of its context must rest on several shorter ones, which is what smoothing does
+    in a model that counts (Xie et al. 2017, unigram noising).
+    """
+    random = np.random.default_rng(seed)
+    chosen = random.random(inputs.shape) < share
+    noisy = inputs.copy()
+    noisy[chosen] = tokens.take(random.integers(len(tokens), size=int(chosen.sum())), mode="clip")
+    return noisy

@@ -36,7 +36,12 @@ def same_batch(one, other):
     )
 
 
-PACKINGS = [{"data.packing": "concatenate"}, {"data.document_mask": True}, {"data.packing": "best_fit"}]
+PACKINGS = [
+    {"data.packing": "concatenate"},
+    {"data.document_mask": True},
+    {"data.packing": "best_fit"},
+    {"training.token_noise": 0.3},
+]
 
 
 @pytest.mark.parametrize("settings", PACKINGS)
@@ -97,3 +102,18 @@ def test_best_fit_sets_the_mask_and_is_trained_and_told(train_in, many_documents
 def test_a_copy_to_the_cpu_is_no_copy():
     tensor = torch.arange(6)
     assert to_device(tensor.numpy(), CPU).data_ptr() == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("settings", [{}, {"data.packing": "best_fit"}])
+def test_noise_changes_a_share_of_the_inputs_and_nothing_else(run_of, settings):
+    clean, noisy = run_of(**settings), run_of(**settings, **{"training.token_noise": 0.3})
+    text = set(clean.corpus.split("train").tokens[:].tolist())
+    changed = total = 0
+    for step in range(clean.sampler.steps_per_epoch):
+        for one, other in zip(batch_loader(clean)(step), batch_loader(noisy)(step), strict=True):
+            assert same_batch(replace(one, token_ids=other.token_ids), other)
+            is_changed = one.token_ids != other.token_ids
+            assert set(other.token_ids[is_changed].tolist()) <= text
+            changed, total = changed + int(is_changed.sum()), total + is_changed.numel()
+    assert 0.2 < changed / total < 0.3  # some draw the token that was there
+    assert not batch_loader(noisy)(0)[0].token_ids.equal(batch_loader(noisy)(1)[0].token_ids)

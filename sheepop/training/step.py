@@ -97,8 +97,9 @@ def train_step(
     device = model.device
     scale = loss_scale.value if precision.needs_loss_scaling else 1.0
     factor = scale * (world.size if learner.parallel == "ddp" else 1)  # which takes the mean over the processes
-    counted = torch.tensor(sum(batch.num_targets for batch in micro_batches), device=device)
-    num_targets = int(sum_over_processes(counted, world))
+    num_targets = sum(batch.num_targets for batch in micro_batches)
+    if world.size > 1:  # alone, nothing has to be read back from the device
+        num_targets = int(sum_over_processes(torch.tensor(num_targets, device=device), world))
     loss_sum = torch.zeros((), device=device)
     for number, batch in enumerate(micro_batches, start=1):
         begin_part("forward")

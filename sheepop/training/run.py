@@ -1,5 +1,6 @@
 """Setting up a run: its folder, its text, its model; fresh or resumed."""
 
+import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def start_run(
     resume: str | None,
     accept_changes: bool = False,
     profile: bool = False,
+    began: float | None = None,
 ) -> Path:
     """Train as the settings say, from the start or from a checkpoint, and return the run's folder.
 
@@ -86,10 +88,12 @@ def start_run(
         resume: None, `auto`, or the path of a checkpoint or run.
         accept_changes: let a resumed run go on with other settings than it began with.
         profile: trace and time some steps, see `profiling.py`.
+        began: reading of `time.perf_counter` from which a time budget counts; None: from now.
 
     Raises:
         SheepopError: whatever the user can mend; its class says which exit status.
     """
+    began = time.perf_counter() if began is None else began
     asked = load_config(file, preset=preset, overrides=overrides)
     if resume is None:
         require_text(asked)
@@ -118,6 +122,7 @@ def start_run(
         corpus = open_text(asked, world)
         on_main(world, lambda: warn_if_too_large(asked, corpus, device))
         run = set_up(asked, corpus, device=device, world=world)
+        run.began = began
         if checkpoint is not None:
             resume_from(run, checkpoint, accept_changes=accept_changes)
         if world.is_main:
@@ -316,7 +321,7 @@ def resume_from(run: Run, checkpoint: Path, *, accept_changes: bool) -> None:
             )
         if run.world.is_main:
             warn(f"the length of the run changes ({'; '.join(length_changes)}); the schedule follows the new length")
-        state.total_steps = 0
+        state.total_steps, state.anchor = 0, None
     restore(checkpoint, run.model, run.optimizer)
     if run.world.is_main and state.best_step == state.step and checkpoint.parent == run.folder:
         mark_best(run.folder, checkpoint.name, state)  # a kill may have come between the checkpoint and its pointer
@@ -331,7 +336,9 @@ def keeps_the_past(before: Config, run: Run, state: TrainingState) -> bool:
     if run.config.training.schedule == "constant":
         return True
     total_steps = total_steps_without_clock(run.config.training, run.sampler.steps_per_epoch)
-    return total_steps is not None and all(
+    if total_steps is None or state.anchor is not None:
+        return False
+    return all(
         learning_rate_at(step, state.total_steps, before.training)
         == learning_rate_at(step, total_steps, run.config.training)
         for step in range(state.step)

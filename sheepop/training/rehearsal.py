@@ -12,6 +12,7 @@ from sheepop.data.corpus import Corpus
 from sheepop.models.sizing import count_parameters, training_flops_per_token, weight_bytes
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.batches import batch_loader
+from sheepop.training.dial import choose_settings, is_dial
 from sheepop.training.distributed import World
 from sheepop.training.length import LEAVING_SECONDS, measure_step, steps_in_seconds, time_checkpoint
 from sheepop.training.optimizer import make_optimizer
@@ -50,11 +51,16 @@ LIKELY_SHARE = 0.2  # of the device's best, to guess whether a single sequence t
 def make_plan(file: Path | None, *, preset: str | None, overrides: dict[str, object]) -> Plan:
     """Say what `start_run` with the same arguments would take; without `data.path` what can be said without a text.
 
+    Where `start_run` would choose the settings for a time budget, they are chosen here and said in the same way.
+
     Raises:
         SheepopError: what `start_run` would raise before its first step.
     """
     config = load_config(file, preset=preset, overrides=overrides)
     device = resolve_device(config.device)
+    if config.data.path and is_dial(file, preset, overrides):
+        choice = choose_settings(overrides, device=device, began=time.perf_counter())
+        config = load_config(preset="modern", overrides=choice.settings | overrides)
     corpus = open_text(config, World()) if config.data.path else None
     if corpus is not None:
         config = with_vocabulary(config, corpus)

@@ -16,6 +16,7 @@ from sheepop.models.pretrained import checkpoints_of, read_settings
 from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.checkpoint import read_state, resolve_resume, restore
+from sheepop.training.dial import choose_settings, compare_with_expectation, is_dial, note_expectation
 from sheepop.training.distributed import (
     World,
     choose_parallel,
@@ -28,6 +29,7 @@ from sheepop.training.length import total_steps_without_clock
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.plan_advice import warn_if_too_large
 from sheepop.training.profiling import profile_steps
+from sheepop.training.recipe import Choice
 from sheepop.training.run_folder import find_start, hold_folder, was_begun_by_this_launch
 from sheepop.training.saver import mark_best
 from sheepop.training.schedule import learning_rate_at
@@ -79,7 +81,8 @@ def start_run(
 ) -> Path:
     """Train as the settings say, from the start or from a checkpoint, and return the run's folder.
 
-    Without `file` a resumed run takes its settings from its checkpoint.
+    Without `file` a resumed run takes its settings from its checkpoint. With a time budget and neither `file` nor
+    `preset`, a fresh one has its settings chosen for that time (`dial.py`).
 
     Args:
         file: settings file, see `load_config`.
@@ -119,6 +122,13 @@ def start_run(
                 checkpoint / "config.json", overrides={"training.save_dir": str(run_folder)} | overrides
             )
         require_text(asked)
+        choice: Choice | None = None
+        if checkpoint is None and is_dial(file, preset, overrides):
+            choice = on_main(
+                world,
+                lambda: choose_settings(overrides, device=device, began=began, num_processes=world.size),
+            )
+            asked = load_config(preset="modern", overrides=choice.settings | overrides)
         corpus = open_text(asked, world)
         on_main(world, lambda: warn_if_too_large(asked, corpus, device))
         run = set_up(asked, corpus, device=device, world=world)
@@ -127,9 +137,14 @@ def start_run(
             resume_from(run, checkpoint, accept_changes=accept_changes)
         if world.is_main:
             write_json(run_folder / "config.json", run.config.model_dump())
+            if choice is not None:
+                note_expectation(run_folder, choice)
             describe(run)
         with profile_steps(run_folder, device) if profile and world.is_main else nullcontext():
             train(run)
+        outcome = compare_with_expectation(run_folder) if world.is_main else None
+        if outcome is not None:
+            log(outcome)
     return run_folder
 
 

@@ -16,6 +16,7 @@ from sheepop.data.corpus import is_prepared, open_corpus
 from sheepop.data.documents import documents_of_file, list_files
 from sheepop.data.tokenizer import KINDS, Tokenizer, bytes_per_token
 from sheepop.evaluation.plots import METRICS_FILE
+from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.distributed import World
 from sheepop.training.length import measure_seconds_per_step
@@ -24,21 +25,18 @@ from sheepop.training.recipe import (
     TOKENS_PER_ENTRY,
     VOCABULARIES,
     Choice,
-    MachineFacts,
-    Probe,
     TextFacts,
     TokenizerFacts,
     choose,
-    explain,
-    fit_machine,
     settings_for,
 )
+from sheepop.training.speed import MachineFacts, Probe, fit_machine, tokens_of_step
 from sheepop.training.state import Learner, TrainingState
 from sheepop.training.step import MicroBatch, train_step
 from sheepop.utils.devices import choose_precision
 from sheepop.utils.errors import CheckpointError, DataError
 from sheepop.utils.files import read_json, write_json
-from sheepop.utils.logging import log
+from sheepop.utils.logging import format_count, log
 from sheepop.utils.memory import available_bytes
 
 EXPECTED_FILE = "expected.json"  # in the run's folder: what the dial chose, and what is to come of it
@@ -85,6 +83,34 @@ def choose_settings(
     for line in explain(choice, text, machine):
         log(f"  {line}")
     return choice
+
+
+def explain(choice: Choice, text: TextFacts, machine: MachineFacts) -> list[str]:
+    """Say in a few lines what was chosen and why, and what to expect."""
+    config, tokenizer = choice.config, choice.tokenizer
+    counts = count_parameters(config.model)
+    speeds = ", ".join(
+        f"{format_count(speed).replace('B', 'G')}FLOP/s in {name}" for name, speed in machine.speeds.items()
+    )
+    low, high = choice.bits_per_byte / choice.margin, choice.bits_per_byte * choice.margin
+    named = {"char": "characters", "bpe": "byte-level BPE", "word": "words"}.get(tokenizer.name, "its own tokenizer")
+    why_tokens = "the text is prepared" if text.is_prepared else "lowest expected loss that the text can fill"
+    rereading = f"dropout {config.model.dropout:g}" + (
+        ", since it is read again" if config.model.dropout else ", since text is hardly repeated"
+    )
+    return [
+        f"measured: {format_count(text.train_bytes)} bytes to train on; {speeds} inside of products, "
+        f"{machine.overhead * 1000:.2g} ms of calls a layer on {machine.device}",
+        f"tokens: {named}, {tokenizer.vocab_size} entries, {tokenizer.bytes_per_token:.2f} bytes each ({why_tokens})",
+        f"model: {config.model.num_layers} layers of width {config.model.d_model}, {format_count(counts.total)} "
+        f"parameters: smaller ones learn less from a token, larger ones see fewer in the time",
+        f"training: about {choice.steps} steps of {tokens_of_step(config)} tokens (context {config.data.max_length}) "
+        f"at {choice.seconds_per_step * 1000:.3g} ms, {choice.epochs:.2g} epochs ({rereading}); "
+        f"{config.training.optimizer}, learning rate {config.training.learning_rate:g} falling to "
+        f"{config.training.min_learning_rate_ratio:g} of it",
+        f"expected: {choice.bits_per_byte:.2f} bits per byte ({low:.2f} to {high:.2f}), a loss of {choice.loss:.2f} "
+        f"nats a token",
+    ]
 
 
 def sample_size(budget: float) -> int:

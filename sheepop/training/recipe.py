@@ -2,14 +2,14 @@
 
 Pure functions of facts. `dial.py` finds the facts out: how much text there is, and how fast the machine is.
 
-1. `step_seconds`: what a step of any size takes, from a few measured ones;
+1. `step_seconds` (`speed.py`): what a step of any size takes, from a few measured ones;
 2. `steps_in_seconds` (`length.py`): how many of them fit into the time, so how many tokens are seen, how often;
 3. `expected_bits_per_byte`: which loss that comes to, by a law fitted to short runs;
 4. `choose`: the candidate with the lowest.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -17,17 +17,12 @@ import torch
 
 from sheepop.config import Config, load_config
 from sheepop.models.sizing import (
-    activation_bytes,
     count_parameters,
-    inner_matrices,
-    logits_bytes,
     training_bytes,
-    training_flops_per_token,
 )
 from sheepop.training.length import LEAVING_SECONDS, steps_in_seconds
-from sheepop.utils.devices import choose_precision
+from sheepop.training.speed import MachineFacts, step_seconds, tokens_of_step
 from sheepop.utils.errors import ConfigError
-from sheepop.utils.logging import format_count
 
 Settings = dict[str, object]
 
@@ -41,7 +36,6 @@ VOCABULARIES = (512, 1024, 2048, 4096, 8192)  # of byte-level BPE
 # stock class of `transformers` has them, and what the dial trains shall export. 4 would switch them on.
 NGRAM_ORDER = 1
 TOKENS_PER_ENTRY = 100  # a vocabulary's entries are learned from their occurrences
-LEAST_PRODUCTS = 0.7  # share of the measured time that elementwise work may explain
 MEMORY_SHARE = 0.5  # of what is free, for tensors
 STARTING_SECONDS = 1.0  # from the choice to the first step, beside what was spent before it
 PAUSE_SHARE = 0.006  # of the budget that a validation may take
@@ -84,36 +78,6 @@ class TextFacts:
     compressed_bits: float
     tokenizers: tuple[TokenizerFacts, ...]
     is_prepared: bool = False
-
-
-@dataclass(frozen=True)
-class MachineFacts:
-    """How fast steps are: seconds = overhead · (layers + 1) + FLOPs / speed + bytes / bandwidth.
-
-    Attributes:
-        device: as PyTorch names it.
-        overhead: seconds a layer and step, whatever the number of tokens.
-        speeds: FLOP/s inside of matrix products, by the name of the precision.
-        bandwidth: bytes of activations a second, which stands for all elementwise work.
-        memory: bytes that a run may take.
-        num_processes: that share the work of a step.
-    """
-
-    device: str
-    overhead: float
-    speeds: Mapping[str, float]
-    bandwidth: float
-    memory: int = 2**62
-    num_processes: int = 1
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The measured seconds of a training step with these settings, and the precision that it computed in."""
-
-    config: Config
-    precision: str
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -187,68 +151,6 @@ def expected_bits_per_byte(
     return float(text.compressed_bits * share)
 
 
-def step_seconds(config: Config, machine: MachineFacts) -> float:
-    """Return about how long a step of a model takes."""
-    model, training = config.model, config.training
-    precision = choose_precision(
-        torch.device(machine.device), use_amp=training.use_amp, d_model=model.d_model, asked=training.precision
-    )
-    speed = machine.speeds.get(precision.name) or max(machine.speeds.values())
-    flops, traffic = step_work(config, precision.name, machine.device)
-    work = (flops / speed + traffic / machine.bandwidth) / machine.num_processes
-    return machine.overhead * (model.num_layers + 1) + work
-
-
-def fit_machine(probes: Sequence[Probe], *, device: str, memory: int, num_processes: int = 1) -> MachineFacts:
-    """Return the facts that explain measured steps.
-
-    Args:
-        probes: two of one model with few and with more tokens; a larger one, which with the second tells products from
-            elementwise work; and others, the last of each precision telling its speed.
-        device, memory, num_processes: see `MachineFacts`.
-    """
-    work = [step_work(probe.config, probe.precision, device) for probe in probes]
-    batches = [probe.config.training.batch_size for probe in probes]
-    few, more = probes[0].seconds, probes[1].seconds
-    calls = (few * batches[1] - more * batches[0]) / (batches[1] - batches[0])  # at no tokens at all
-    overhead = min(max(calls, 0.0), 0.9 * few) / (probes[0].config.model.num_layers + 1)
-    # What is left of the second and the third: FLOPs · a + bytes · b, with a and b above zero.
-    rest = [
-        max(probe.seconds - overhead * (probe.config.model.num_layers + 1), 0.1 * probe.seconds) for probe in probes
-    ]
-    (flops_1, bytes_1), (flops_2, bytes_2) = work[1:3]
-    determinant = flops_1 * bytes_2 - flops_2 * bytes_1
-    per_byte = (flops_1 * rest[2] - flops_2 * rest[1]) / determinant if determinant else 0.0
-    per_byte = min(max(per_byte, 0.0), LEAST_PRODUCTS * min(rest[1] / bytes_1, rest[2] / bytes_2))
-    speeds = {
-        probe.precision: flops / max(left - per_byte * size, (1 - LEAST_PRODUCTS) * left)
-        for probe, (flops, size), left in list(zip(probes, work, rest, strict=True))[1:]
-    }
-    return MachineFacts(device, overhead, speeds, 1 / per_byte if per_byte else math.inf, memory, num_processes)
-
-
-def step_work(config: Config, precision: str, device: str) -> tuple[float, float]:
-    """Return the FLOPs of a step's matrix products, and the bytes that its elementwise operations work on."""
-    model, training, context = config.model, config.training, config.data.max_length
-    sequences = training.batch_size * training.gradient_accumulation_steps
-    flops = sequences * context * training_flops_per_token(model, context)
-    size = 4 if precision == "fp32" else 2
-    kept = activation_bytes(
-        model,
-        batch_size=training.batch_size,
-        context=context,
-        bytes_per_number=size,
-        document_mask=config.data.document_mask,
-        on_gpu=torch.device(device).type != "cpu",
-    )
-    logits = logits_bytes(model, batch_size=training.batch_size, context=context, bytes_per_number=size)
-    traffic = (kept + logits) * training.gradient_accumulation_steps
-    if training.optimizer == "muon":
-        # Five rounds of Newton-Schulz, for pieces of about D x D: 3 products of 2 D³ each.
-        flops += 5 * 6 * model.d_model * inner_matrices(model)
-    return flops, traffic + 4 * 6 * count_parameters(model).total
-
-
 def choose(text: TextFacts, machine: MachineFacts, *, seconds: float, fixed: Mapping[str, object]) -> Choice:
     """Return the settings with the lowest expected loss for a run of `seconds`, start and end included.
 
@@ -296,13 +198,28 @@ def candidate(
 ) -> Choice | None:
     """Return what a run with this tokenizer and shape would be, or None where the time does not suffice for it."""
     epoch_tokens = text.train_bytes / tokenizer.bytes_per_token
-    tokens, steps = 1e6, 500.0
+    tokens, steps, micro_batches = 1e6, 500.0, machine.num_processes
     for _ in range(4):  # the settings depend on how many tokens are seen, and that on the settings
-        settings = settings_for(
-            tokenizer, shape, tokens=tokens, epoch_tokens=epoch_tokens, minutes=seconds / 60, steps=steps, fixed=fixed
-        )
-        config = load_config(preset="modern", overrides={**settings, **fixed, "model.vocab_size": tokenizer.vocab_size})
-        per_step = config.training.batch_size * config.training.gradient_accumulation_steps * config.data.max_length
+        while True:
+            settings = settings_for(
+                tokenizer,
+                shape,
+                tokens=tokens,
+                epoch_tokens=epoch_tokens,
+                minutes=seconds / 60,
+                steps=steps,
+                micro_batches=micro_batches,
+                fixed=fixed,
+            )
+            config = load_config(
+                preset="modern", overrides={**settings, **fixed, "model.vocab_size": tokenizer.vocab_size}
+            )
+            if tensor_bytes(config, machine) <= MEMORY_SHARE * machine.memory:
+                break
+            if settings.get("training.batch_size", 1) == 1:
+                return None
+            micro_batches *= 2
+        per_step = tokens_of_step(config)
         step = step_seconds(config, machine)
         scored = min(text.val_bytes / tokenizer.bytes_per_token, config.training.eval_max_tokens)
         pause = step / 3 * scored / per_step + 0.1
@@ -313,7 +230,7 @@ def candidate(
             eval_interval=config.training.eval_interval,
             steps_per_epoch=max(1, round(epoch_tokens / per_step)),
         )
-        if steps < LEAST_STEPS or tensor_bytes(config, machine) > MEMORY_SHARE * machine.memory:
+        if steps < LEAST_STEPS:
             return None
         tokens = steps * per_step
     bits = expected_bits_per_byte(config, tokenizer, text, tokens=tokens)
@@ -352,6 +269,7 @@ def settings_for(
     minutes: float,
     steps: float,
     fixed: Mapping[str, object],
+    micro_batches: int = 1,
 ) -> Settings:
     """Return the recipe for a model of a shape that is to see `tokens`, but for what is fixed.
 
@@ -375,7 +293,8 @@ def settings_for(
         "model.max_seq_len": context,
         "model.dropout": dropout_for(tokens / epoch_tokens),
         "model.ngram_order": NGRAM_ORDER,
-        "training.batch_size": max(1, round(wanted / context)),
+        "training.batch_size": max(1, round(wanted / context / micro_batches)),
+        "training.gradient_accumulation_steps": micro_batches,
         "training.optimizer": "muon",
         "training.learning_rate": learning_rate_for(width, str(fixed.get("training.optimizer", "muon"))),
         "training.schedule": "linear",
@@ -413,34 +332,6 @@ def learning_rate_for(width: int, optimizer: str) -> float:
 def dropout_for(epochs: float) -> float:
     """Return the dropout for a text that is read so often; new text needs none, and it costs time on a CPU."""
     return 0.0 if epochs < 4 else 0.1 if epochs < 10 else 0.2
-
-
-def explain(choice: Choice, text: TextFacts, machine: MachineFacts) -> list[str]:
-    """Say in a few lines what was chosen and why, and what to expect."""
-    config, tokenizer = choice.config, choice.tokenizer
-    counts = count_parameters(config.model)
-    speeds = ", ".join(
-        f"{format_count(speed).replace('B', 'G')}FLOP/s in {name}" for name, speed in machine.speeds.items()
-    )
-    low, high = choice.bits_per_byte / choice.margin, choice.bits_per_byte * choice.margin
-    named = {"char": "characters", "bpe": "byte-level BPE", "word": "words"}.get(tokenizer.name, "its own tokenizer")
-    why_tokens = "the text is prepared" if text.is_prepared else "lowest expected loss that the text can fill"
-    rereading = f"dropout {config.model.dropout:g}" + (
-        ", since it is read again" if config.model.dropout else ", since text is hardly repeated"
-    )
-    return [
-        f"measured: {format_count(text.train_bytes)} bytes to train on; {speeds} inside of products, "
-        f"{machine.overhead * 1000:.2g} ms of calls a layer on {machine.device}",
-        f"tokens: {named}, {tokenizer.vocab_size} entries, {tokenizer.bytes_per_token:.2f} bytes each ({why_tokens})",
-        f"model: {config.model.num_layers} layers of width {config.model.d_model}, {format_count(counts.total)} "
-        f"parameters: smaller ones learn less from a token, larger ones see fewer in the time",
-        f"training: about {choice.steps} steps of {config.training.batch_size} x {config.data.max_length} tokens at "
-        f"{choice.seconds_per_step * 1000:.3g} ms, {choice.epochs:.2g} epochs ({rereading}); "
-        f"{config.training.optimizer}, learning rate {config.training.learning_rate:g} falling to "
-        f"{config.training.min_learning_rate_ratio:g} of it",
-        f"expected: {choice.bits_per_byte:.2f} bits per byte ({low:.2f} to {high:.2f}), a loss of {choice.loss:.2f} "
-        f"nats a token",
-    ]
 
 
 def _whole(value: object, otherwise: int) -> int:

@@ -25,8 +25,8 @@ from common import show
 from sheepop.config import load_config
 from sheepop.data.documents import iter_documents
 from sheepop.data.prepare import prepare_on_the_way
-from sheepop.models.sizing import count_parameters, inner_matrices
-from sheepop.training.recipe import LAW, Law, TokenizerFacts, effective_tokens, settings_for
+from sheepop.models.sizing import count_parameters
+from sheepop.training.recipe import LAW, Law, TokenizerFacts, expected_bits_per_byte, settings_for
 from sheepop.training.run import start_run
 
 # Text, tokenizer, entries, (width, layers), millions of tokens seen.
@@ -99,7 +99,6 @@ def train(text: str, path: Path, kind: str, entries: int, shape: tuple[int, int]
         "width": shape[0],
         "layers": shape[1],
         "parameters": count_parameters(replace_vocabulary(config.model, tokenizer.vocab_size)).total,
-        "inner": inner_matrices(config.model),
         "tokens": validation["tokens"],
         "epoch_tokens": split.num_tokens,
         "compressed_bits": compressed_bits(path),
@@ -124,23 +123,14 @@ def fit(runs: Sequence[dict[str, Any]]) -> tuple[Law, list[float]]:
     def errors(law: Law) -> list[float]:
         return [math.log(predicted(run, law) / run["bits_per_byte"]) for run in runs]
 
-    names = [name for name in asdict(law_of()) if name not in ("margin", "repetitions")]
+    names = [name for name in asdict(LAW) if name not in ("margin", "repetitions")]
     law = minimize(lambda law: sum(error**2 for error in errors(law)), names)
     return law, errors(law)
 
 
-def law_of() -> Law:
-    return LAW
-
-
 def predicted(run: dict[str, Any], law: Law) -> float:
-    seen = effective_tokens(run["tokens"], run["epoch_tokens"], law.repetitions) * run["bytes_per_token"]
-    share = (
-        law.floor
-        + law.size_factor * (run["parameters"] / 1e6) ** -law.size_exponent
-        + law.text_factor * (seen / 1e6) ** -law.text_exponent
-    )
-    return float(run["compressed_bits"] * share)
+    keys = ("parameters", "tokens", "epoch_tokens", "bytes_per_token", "compressed_bits")
+    return expected_bits_per_byte(**{key: run[key] for key in keys}, law=law)
 
 
 def minimize(cost: Callable[[Law], float], names: list[str]) -> Law:

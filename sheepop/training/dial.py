@@ -6,6 +6,7 @@ It is used where a time budget is all that was given: with a file or a preset, m
 import bz2
 import json
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -228,9 +229,11 @@ PROBED_VOCABULARY, PROBED_CONTEXT = 512, 128
 def measure_machine(device: torch.device, *, seconds: float, num_processes: int = 1) -> MachineFacts:
     """Return how fast training is on the device, from real steps of a few sizes, in about so many seconds."""
     probes = PROBES.get(device.type, PROBES["other"])
-    measured = [
-        time_probe(width, layers, tokens, device, seconds=seconds / len(probes)) for width, layers, tokens in probes
-    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's remarks on kernels, once a process; they are not about this run
+        measured = [
+            time_probe(width, layers, tokens, device, seconds=seconds / len(probes)) for width, layers, tokens in probes
+        ]
     return fit_machine(measured, device=str(device), memory=available_bytes(device), num_processes=num_processes)
 
 

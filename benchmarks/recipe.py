@@ -123,7 +123,7 @@ def fit(runs: Sequence[dict[str, Any]]) -> tuple[Law, list[float]]:
     def errors(law: Law) -> list[float]:
         return [math.log(predicted(run, law) / run["bits_per_byte"]) for run in runs]
 
-    names = [name for name in asdict(LAW) if name not in ("margin", "repetitions")]
+    names = [name for name in asdict(LAW) if name not in ("margin", "wider")]
     law = minimize(lambda law: sum(error**2 for error in errors(law)), names)
     return law, errors(law)
 

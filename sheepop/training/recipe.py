@@ -42,6 +42,8 @@ PAUSE_SHARE = 0.006  # of the budget that a validation may take
 SHORT_MINUTES = 1.5  # a run up to so long validates at its end alone
 MOST_VALIDATED = 200_000  # tokens
 LEAST_STEPS = 5
+ENOUGH_STEPS = 100  # fewer only where no model makes as many
+PARAMETERS_PER_BYTE = 2.0  # of the text, at most
 
 
 @dataclass(frozen=True)
@@ -111,21 +113,23 @@ class Law:
     """How the loss in bits a byte falls with size and text.
 
     (compressed bits / 2.04)^d · (E + A / (parameters / 1e6)^a + B / (bytes seen / 1e6)^b), after Hoffmann et al. 2022;
-    text that is read again counts less and less (Muennighoff et al. 2023, equation 5: `repetitions` is 15.4). In bytes
-    instead of tokens one law serves all tokenizers: a token of a larger vocabulary is more text.
+    text that is read again counts less and less (Muennighoff et al. 2023, equation 5; for large models they found 15.4
+    `repetitions`, these small ones on small texts gain far less). In bytes instead of tokens one law serves all
+    tokenizers: a token of a larger vocabulary is more text.
 
-    The constants are those of `benchmarks/recipe.py`: 0.1 to 2.2 M parameters, 0.4 to 3.6 M tokens of novels and of
+    `margin` and `wider` say how far runs end from it. The constants are those of `benchmarks/recipe.py`: 0.1 to 2.2 M parameters, 0.4 to 3.6 M tokens of novels and of
     tinyshakespeare (`docs/log.md`, 2026-11-24). Beyond that they are a guess.
     """
 
-    floor: float = 0.842
-    size_factor: float = 0.338
-    size_exponent: float = 0.195
-    text_factor: float = 1.022
-    text_exponent: float = 0.244
-    difficulty_exponent: float = 0.362
-    repetitions: float = 15.4
-    margin: float = 1.06
+    floor: float = 0.868
+    size_factor: float = 0.267
+    size_exponent: float = 0.237
+    text_factor: float = 1.068
+    text_exponent: float = 0.240
+    difficulty_exponent: float = 0.298
+    repetitions: float = 1.45
+    margin: float = 1.05
+    wider: float = 0.1
 
 
 LAW = Law()
@@ -159,6 +163,13 @@ def expected_bits_per_byte(
     return float(bits * (compressed_bits / REFERENCE_BITS) ** law.difficulty_exponent)
 
 
+def margin_of(seen_bytes: float, train_bytes: float) -> float:
+    """Return the factor that the outcome is expected within: wider for each decade that leaves what was measured."""
+    seen = math.log10(seen_bytes / 1e6)  # measured: 0.4 to 9 MB, of 1 MB and of 18 MB of text
+    decades = max(0.0, seen - 1) + max(0.0, -0.4 - seen) + max(0.0, -math.log10(train_bytes / 1e6))
+    return LAW.margin + LAW.wider * decades
+
+
 def choose(text: TextFacts, machine: MachineFacts, *, seconds: float, fixed: Mapping[str, object]) -> Choice:
     """Return the settings with the lowest expected loss for a run of `seconds`, start and end included.
 
@@ -183,7 +194,15 @@ def choose(text: TextFacts, machine: MachineFacts, *, seconds: float, fixed: Map
             f"{seconds / 60:.2g} minutes are too short: what is left of them after the start does not suffice for a "
             "few steps and a validation even of the smallest model. Give it more --minutes."
         )
-    return min(choices, key=lambda choice: choice.bits_per_byte)
+    # Where the law knows nothing: models that could learn the text by heart, and runs of a few steps.
+    most = PARAMETERS_PER_BYTE * text.train_bytes
+    choices = [choice for choice in choices if count_parameters(choice.config.model).total <= most] or [
+        min(choices, key=lambda choice: count_parameters(choice.config.model).total)
+    ]
+    long_enough = [choice for choice in choices if choice.steps >= ENOUGH_STEPS]
+    if not long_enough:
+        return max(choices, key=lambda choice: choice.steps)
+    return min(long_enough, key=lambda choice: choice.bits_per_byte)
 
 
 def usable_tokenizers(text: TextFacts) -> Iterator[TokenizerFacts]:
@@ -257,7 +276,7 @@ def candidate(
         tokens=int(tokens),
         epochs=tokens / epoch_tokens,
         bits_per_byte=bits,
-        margin=LAW.margin,
+        margin=margin_of(tokens * tokenizer.bytes_per_token, text.train_bytes),
         loss=bits * math.log(2) * tokenizer.bytes_per_token,
     )
 

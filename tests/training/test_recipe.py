@@ -115,6 +115,14 @@ def test_several_processes_share_the_micro_batches_of_a_step():
     assert choice.bits_per_byte < choice_for(3).bits_per_byte
 
 
+def test_a_tiny_text_gets_a_tiny_model_and_a_short_run_many_steps():
+    assert count_parameters(choice_for(30, 1000).config.model).total < 60_000
+    assert count_parameters(choice_for(3000, 100_000).config.model).total <= 200_000
+    slow = MachineFacts("cpu", overhead=0.1, speeds={"fp32": 1e9, "bf16": 1e9}, bandwidth=1e8)
+    assert choice_for(0.5, machine=slow).config.model.d_model == SHAPES[0][0]
+    assert choice_for(3, model__d_model=512, num_bytes=1000).config.model.d_model == 512
+
+
 def test_too_short_a_time_is_said():
     with pytest.raises(ConfigError, match="minutes are too short"):
         choice_for(0.01)

@@ -117,8 +117,9 @@ class Law:
     `repetitions`, these small ones on small texts gain far less). In bytes instead of tokens one law serves all
     tokenizers: a token of a larger vocabulary is more text.
 
-    `margin` and `wider` say how far runs end from it. The constants are those of `benchmarks/recipe.py`: 0.1 to 2.2 M parameters, 0.4 to 3.6 M tokens of novels and of
-    tinyshakespeare (`docs/log.md`, 2026-11-24). Beyond that they are a guess.
+    `margin` and `wider` say how far from it runs end. The constants are those of `benchmarks/recipe.py`: 0.1 to 0.9 M
+    parameters, 0.4 to 3.6 M tokens of novels and of tinyshakespeare (`docs/log.md`, 2026-11-24). Beyond that they are a
+    guess.
     """
 
     floor: float = 0.868

@@ -32,6 +32,7 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps
 Data = Annotated[Path | None, typer.Option(help="text files, folders, or a prepared folder")]
 ConfigFile = Annotated[Path | None, typer.Option(help="JSON file with settings")]
 Preset = Annotated[str | None, typer.Option(help="named settings: classic, modern, gpt2, nano")]
+MINUTES = "be done in this time, start and end included; without --config and --preset also choose all else for it"
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON value to standard output")]
 
 
@@ -199,7 +200,7 @@ def train(
     ] = False,
     device: Device = None,
     seed: Annotated[int | None, typer.Option(help="seed of every random choice")] = None,
-    minutes: Annotated[float | None, typer.Option(help="train for this long")] = None,
+    minutes: Annotated[float | None, typer.Option(help=MINUTES)] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="show where the time of some steps goes, with a trace in RUN/profile")
     ] = False,
@@ -208,6 +209,7 @@ def train(
     from sheepop.config import parse_overrides
     from sheepop.training.distributed import is_main_process
     from sheepop.training.run import start_run
+    from sheepop.utils.runtime import perf_counter_at_start
 
     named = {
         "data.path": data and str(data),
@@ -218,7 +220,13 @@ def train(
     }
     overrides = parse_overrides(context.args) | {key: value for key, value in named.items() if value is not None}
     run = start_run(
-        config, preset=preset, overrides=overrides, resume=resume, accept_changes=accept_changes, profile=profile
+        config,
+        preset=preset,
+        overrides=overrides,
+        resume=resume,
+        accept_changes=accept_changes,
+        profile=profile,
+        began=perf_counter_at_start(),
     )
     if is_main_process():
         print(run)
@@ -232,7 +240,7 @@ def plan(
     preset: Preset = None,
     output: Annotated[Path | None, typer.Option(help="the run's folder, for the disk that it is on")] = None,
     device: Device = None,
-    minutes: Annotated[float | None, typer.Option(help="train for this long")] = None,
+    minutes: Annotated[float | None, typer.Option(help=MINUTES)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Estimate parameters, FLOPs, memory, time and disk of a run before it, in some seconds."""

@@ -132,7 +132,7 @@ class TrainingConfig(Section):
     max_epochs: PositiveInt | None = Field(None, description="length of the run in passes over the text (default 10)")
     max_steps: PositiveInt | None = Field(None, description="length of the run in optimizer steps")
     max_minutes: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="length of the run in minutes of training; becomes a number of steps once, at the start"
+        None, description="length of the run in minutes, start and end included; its steps are decided on the way"
     )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="adamw; or muon for the matrices inside the blocks, with adamw for all else"

@@ -303,8 +303,11 @@ def plan_length(training: TrainingConfig, steps_per_epoch: int, steps: int) -> L
     eval_interval = training.eval_interval or max(1, math.ceil(steps / 10))
     sample_interval = training.sample_interval or eval_interval
     epochs = steps // steps_per_epoch
-    validations = count_multiples(steps, eval_interval, steps_per_epoch)
-    saves = [eval_interval, steps_per_epoch, *([training.save_interval] if training.save_interval else [])]
+    # Under a time budget, epochs shorter than the interval end without a validation and a checkpoint.
+    are_epochs_pauses = training.max_minutes is None or steps_per_epoch >= eval_interval
+    pauses = [eval_interval, *([steps_per_epoch] if are_epochs_pauses else [])]
+    validations = count_multiples(steps, *pauses)
+    saves = [*pauses, *([training.save_interval] if training.save_interval else [])]
     return Length(
         steps=steps,
         steps_per_epoch=steps_per_epoch,

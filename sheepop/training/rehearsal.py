@@ -1,8 +1,5 @@
 """Making a plan: estimate, and where the estimate says that the run fits, measure some real steps of it."""
 
-import hashlib
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +12,9 @@ from sheepop.data.corpus import Corpus
 from sheepop.models.sizing import count_parameters, training_flops_per_token, weight_bytes
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.batches import batch_loader
+from sheepop.training.dial import choose_settings, is_dial
 from sheepop.training.distributed import World
-from sheepop.training.length import measure_step, steps_in_minutes
+from sheepop.training.length import LEAVING_SECONDS, measure_step, steps_in_seconds, time_checkpoint
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.plan import (
     Plan,
@@ -45,19 +43,24 @@ Loader = Callable[[int], list[MicroBatch]]
 SECONDS = 10.0  # that measuring steps may take, about
 STEPS_MEASURED = 5
 SAMPLE_TOKENS = 16
+STARTING_SECONDS = 3.0  # that a run takes to its first step, about; it goes off a time budget
 REHEARSED = 64  # width, vocabulary and context of the model that libraries are loaded with
 LIKELY_SHARE = 0.2  # of the device's best, to guess whether a single sequence takes too long to measure
-PROBE_BYTES = 16 * 2**20  # written to see how fast a checkpoint is
 
 
 def make_plan(file: Path | None, *, preset: str | None, overrides: dict[str, object]) -> Plan:
     """Say what `start_run` with the same arguments would take; without `data.path` what can be said without a text.
+
+    Where `start_run` would choose the settings for a time budget, they are chosen here and said in the same way.
 
     Raises:
         SheepopError: what `start_run` would raise before its first step.
     """
     config = load_config(file, preset=preset, overrides=overrides)
     device = resolve_device(config.device)
+    if config.data.path and is_dial(file, preset, overrides):
+        choice = choose_settings(overrides, device=device, began=time.perf_counter())
+        config = load_config(preset="modern", overrides=choice.settings | overrides)
     corpus = open_text(config, World()) if config.data.path else None
     if corpus is not None:
         config = with_vocabulary(config, corpus)
@@ -110,11 +113,15 @@ def plan_with_text(plan: Plan, config: Config, corpus: Corpus, device: torch.dev
     steps = plan_steps(config.training, run.sampler.steps_per_epoch)
     if steps is None:
         assert config.training.max_minutes is not None
-        steps = steps_in_minutes(
-            config.training.max_minutes,
-            seconds_per_step=times.step,
-            seconds_per_validation=times.validation,
-            eval_interval=config.training.eval_interval,
+        steps = max(
+            1,
+            steps_in_seconds(
+                60 * config.training.max_minutes - STARTING_SECONDS - LEAVING_SECONDS,
+                seconds_per_step=times.step,
+                seconds_per_pause=times.validation + times.sample + times.checkpoint,
+                eval_interval=config.training.eval_interval,
+                steps_per_epoch=run.sampler.steps_per_epoch,
+            ),
         )
     plan = with_measurements(plan, times, plan_length(config.training, run.sampler.steps_per_epoch, steps))
     plan = replace(plan, tokens_per_epoch=run.sampler.num_windows * config.data.max_length)
@@ -231,21 +238,3 @@ def time_sample(run: Run) -> float:
     began = time.perf_counter()
     sample_text(replace(run, config=changed(run.config, {"training.sample_tokens": some})))
     return (time.perf_counter() - began) * tokens / some
-
-
-def time_checkpoint(run: Run) -> float:
-    """Return the seconds of writing, flushing and summing a checkpoint's bytes, from a smaller file beside the run."""
-    folder = Path(run.config.training.save_dir)
-    ground = next(place for place in (folder, *folder.resolve().parents) if place.is_dir())
-    size = 3 * weight_bytes(run.config.model)
-    probe = os.urandom(min(size, PROBE_BYTES))
-    began = time.perf_counter()
-    try:
-        with tempfile.NamedTemporaryFile(dir=ground) as file:
-            file.write(probe)
-            file.flush()
-            os.fsync(file.fileno())
-            hashlib.sha256(probe).digest()
-    except OSError:  # a folder that cannot be written to is an error of the run, not of the plan
-        return 0.0
-    return (time.perf_counter() - began) * size / len(probe)

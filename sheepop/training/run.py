@@ -1,5 +1,6 @@
 """Setting up a run: its folder, its text, its model; fresh or resumed."""
 
+import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.checkpoint import read_state, resolve_resume, restore
 from sheepop.training.compiling import decide_compiling, with_compiling
+from sheepop.training.dial import choose_settings, compare_with_expectation, is_dial, note_expectation
 from sheepop.training.distributed import (
     World,
     choose_parallel,
@@ -28,6 +30,7 @@ from sheepop.training.length import total_steps_without_clock
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.plan_advice import warn_if_too_large
 from sheepop.training.profiling import profile_steps
+from sheepop.training.recipe import Choice
 from sheepop.training.run_folder import find_start, hold_folder, was_begun_by_this_launch
 from sheepop.training.saver import mark_best
 from sheepop.training.schedule import learning_rate_at
@@ -75,10 +78,12 @@ def start_run(
     resume: str | None,
     accept_changes: bool = False,
     profile: bool = False,
+    began: float | None = None,
 ) -> Path:
     """Train as the settings say, from the start or from a checkpoint, and return the run's folder.
 
-    Without `file` a resumed run takes its settings from its checkpoint.
+    Without `file` a resumed run takes its settings from its checkpoint. With a time budget and neither `file` nor
+    `preset`, a fresh one has its settings chosen for that time (`dial.py`).
 
     Args:
         file: settings file, see `load_config`.
@@ -87,10 +92,12 @@ def start_run(
         resume: None, `auto`, or the path of a checkpoint or run.
         accept_changes: let a resumed run go on with other settings than it began with.
         profile: trace and time some steps, see `profiling.py`.
+        began: reading of `time.perf_counter` from which a time budget counts; None: from now.
 
     Raises:
         SheepopError: whatever the user can mend; its class says which exit status.
     """
+    began = time.perf_counter() if began is None else began
     asked = load_config(file, preset=preset, overrides=overrides)
     if resume is None:
         require_text(asked)
@@ -116,17 +123,30 @@ def start_run(
                 checkpoint / "config.json", overrides={"training.save_dir": str(run_folder)} | overrides
             )
         require_text(asked)
+        choice: Choice | None = None
+        if checkpoint is None and is_dial(file, preset, overrides):
+            choice = on_main(
+                world,
+                lambda: choose_settings(overrides, device=device, began=began, num_processes=world.size),
+            )
+            asked = load_config(preset="modern", overrides=choice.settings | overrides)
         corpus = open_text(asked, world)
         on_main(world, lambda: warn_if_too_large(asked, corpus, device))
         run = set_up(asked, corpus, device=device, world=world)
+        run.began = began
         if checkpoint is not None:
             resume_from(run, checkpoint, accept_changes=accept_changes)
         decide_compiling(run)
         if world.is_main:
             write_json(run_folder / "config.json", run.config.model_dump())
+            if choice is not None:
+                note_expectation(run_folder, choice)
             describe(run)
         with profile_steps(run_folder, device) if profile and world.is_main else nullcontext():
             train(run)
+        outcome = compare_with_expectation(run_folder) if world.is_main else None
+        if outcome is not None:
+            log(outcome)
     return run_folder
 
 
@@ -322,7 +342,7 @@ def resume_from(run: Run, checkpoint: Path, *, accept_changes: bool) -> None:
             )
         if run.world.is_main:
             warn(f"the length of the run changes ({'; '.join(length_changes)}); the schedule follows the new length")
-        state.total_steps = 0
+        state.total_steps, state.anchor = 0, None
     restore(checkpoint, run.model, run.optimizer)
     if run.world.is_main and state.best_step == state.step and checkpoint.parent == run.folder:
         mark_best(run.folder, checkpoint.name, state)  # a kill may have come between the checkpoint and its pointer
@@ -337,7 +357,9 @@ def keeps_the_past(before: Config, run: Run, state: TrainingState) -> bool:
     if run.config.training.schedule == "constant":
         return True
     total_steps = total_steps_without_clock(run.config.training, run.sampler.steps_per_epoch)
-    return total_steps is not None and all(
+    if total_steps is None or state.anchor is not None:
+        return False
+    return all(
         learning_rate_at(step, state.total_steps, before.training)
         == learning_rate_at(step, total_steps, run.config.training)
         for step in range(state.step)

@@ -1,5 +1,6 @@
 """The parts of a run that the loop works with, and the few numbers that change as it goes."""
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sheepop.models.transformer import TransformerModel
 from sheepop.training.distributed import Parallel, World
 from sheepop.training.guard import Guard
 from sheepop.training.loss_scale import LossScale
+from sheepop.training.schedule import Anchor
 from sheepop.utils.devices import Precision
 
 
@@ -27,6 +29,11 @@ class TrainingState:
     `(seed, step)`.
 
     Attributes:
+        total_steps: of the whole run; under a time budget it is decided again on the way.
+        anchor: of the last time that it changed, or None.
+        elapsed_seconds: of training, with what goes on between the steps.
+        starting_seconds: under a time budget, what starting took, of all the processes that went on with this run.
+        pause_seconds: under a time budget, what the last validation took, with its sample and checkpoint.
         is_unfinished: the run left before it validated and sampled at `step`, which is to be made up for.
     """
 
@@ -35,6 +42,9 @@ class TrainingState:
     step: int = 0
     tokens: int = 0
     elapsed_seconds: float = 0.0
+    starting_seconds: float = 0.0
+    pause_seconds: float = 0.0
+    anchor: Anchor | None = None
     best_loss: float | None = None
     best_step: int | None = None
     is_unfinished: bool = False
@@ -48,7 +58,12 @@ class TrainingState:
         Raises:
             TypeError: fields are missing or unknown.
         """
-        parts = {"loss_scale": LossScale(**saved["loss_scale"]), "guard": Guard(**saved["guard"])}
+        anchor = saved.get("anchor")
+        parts = {
+            "loss_scale": LossScale(**saved["loss_scale"]),
+            "guard": Guard(**saved["guard"]),
+            "anchor": None if anchor is None else Anchor(**anchor),
+        }
         return TrainingState(**{**saved, **parts})
 
 
@@ -73,10 +88,15 @@ class Learner:
 
 @dataclass
 class Run(Learner):
-    """A learner with its text and the folder that it writes to."""
+    """A learner with its text and the folder that it writes to.
+
+    Attributes:
+        began: reading of `time.perf_counter` from which this process takes time out of a time budget.
+    """
 
     folder: Path
     corpus: Corpus
     tokenizer: Tokenizer
     sampler: Sampler
     packing: PackingPlan | None = None
+    began: float = field(default_factory=time.perf_counter)

@@ -9,11 +9,11 @@ from sheepop.data.prefetch import prefetch
 from sheepop.models.sizing import training_flops_per_token
 from sheepop.training.batches import batch_loader
 from sheepop.training.distributed import agree_on_any
-from sheepop.training.length import decide_length
+from sheepop.training.length import PAUSES, decide_length, is_review_due, review_length
 from sheepop.training.metrics import RunLog
 from sheepop.training.profiling import begin_part
 from sheepop.training.saver import Saver
-from sheepop.training.schedule import learning_rate_at
+from sheepop.training.schedule import learning_rate_at, place_in_schedule
 from sheepop.training.signals import StopRequest, stop_signals
 from sheepop.training.state import Run
 from sheepop.training.step import StepResult, train_step
@@ -35,16 +35,18 @@ def train(run: Run) -> None:
     training = config.training
     if not state.total_steps:
         state.total_steps = decide_length(run)
-    total_steps, steps_per_epoch = state.total_steps, run.sampler.steps_per_epoch
-    if run.world.is_main and training.warmup_steps >= total_steps:
+    steps_per_epoch, has_clock = run.sampler.steps_per_epoch, training.max_minutes is not None
+    if run.world.is_main and training.warmup_steps >= state.total_steps:
         warn(
-            f"warm-up ({training.warmup_steps} steps) is as long as the whole run ({total_steps} steps), so the "
+            f"warm-up ({training.warmup_steps} steps) is as long as the whole run ({state.total_steps} steps), so the "
             "learning rate never comes down; lower training.warmup_steps"
         )
     flops_per_token = training_flops_per_token(config.model, config.data.max_length)
     peak = peak_flops(model.device, run.precision.autocast_dtype) * run.world.size
     interval_tokens, interval_seconds = 0, 0.0
+    reviewed_steps, reviewed_seconds = 0, 0.0  # since the time budget was looked at
     elapsed_before, started = state.elapsed_seconds, time.perf_counter()
+    state.starting_seconds += started - run.began if has_clock else 0.0
 
     run_log = RunLog(
         run.folder,
@@ -57,11 +59,13 @@ def train(run: Run) -> None:
         model.train()
         if state.is_unfinished:
             finish_step(run, run_log, saver, stop)
-        batches = prefetch(batch_loader(run), state.step, total_steps, config.data.num_workers)
+        is_open = has_clock and state.step < state.total_steps  # its end may yet move
+        last_step = None if is_open else state.total_steps
+        batches = prefetch(batch_loader(run), state.step, last_step, config.data.num_workers)
         step_started = time.perf_counter()
         begin_part("load")
         for step, micro_batches in enumerate(batches, start=state.step):
-            learning_rate = learning_rate_at(step, total_steps, training)
+            learning_rate = learning_rate_at(step, state.total_steps, training, state.anchor)
             result = train_step(run, micro_batches, step=step, learning_rate=learning_rate, stop=stop)
             begin_part("between steps")
             if result is None:
@@ -75,10 +79,18 @@ def train(run: Run) -> None:
             state.step = done = step + 1
             state.tokens += result.num_targets if result.is_updated else 0
             interval_tokens += result.num_targets
-            interval_seconds += time.perf_counter() - step_started
+            step_seconds = time.perf_counter() - step_started
+            interval_seconds += step_seconds
             state.elapsed_seconds = elapsed_before + time.perf_counter() - started
+            reviewed_steps, reviewed_seconds = reviewed_steps + 1, reviewed_seconds + step_seconds
+            if is_review_due(run):
+                change = review_length(run, reviewed_seconds / reviewed_steps)
+                reviewed_steps, reviewed_seconds = 0, 0.0
+                if change is not None:
+                    run_log.event(kind="length", step=done, total_steps=state.total_steps)
+                    run_log.say(change)
 
-            if done % training.log_interval == 0 or done == total_steps:
+            if done % training.log_interval == 0 or done == state.total_steps:
                 tokens_per_second = interval_tokens / interval_seconds
                 run_log.metrics(
                     type="train",
@@ -94,22 +106,27 @@ def train(run: Run) -> None:
                 )
                 run_log.progress(
                     step=done,
-                    total_steps=total_steps,
+                    total_steps=state.total_steps,
                     loss=result.loss,
                     learning_rate=learning_rate,
                     tokens_per_second=tokens_per_second,
-                    left=(total_steps - done) * result.num_targets / tokens_per_second,
+                    left=(state.total_steps - done) * result.num_targets / tokens_per_second,
                 )
                 interval_tokens, interval_seconds = 0, 0.0
 
             state.is_unfinished = True
             if result.stop_asked:
                 leave(run, saver, stop)
-            finish_step(run, run_log, saver, stop)
+            pause_started = time.perf_counter()
+            if finish_step(run, run_log, saver, stop) and has_clock:
+                state.pause_seconds = time.perf_counter() - pause_started
             state.elapsed_seconds = elapsed_before + time.perf_counter() - started
+            if done == state.total_steps:
+                break
             # Loading the next batch belongs to the next step; validating, sampling and saving belong to none.
             step_started = time.perf_counter()
             begin_part("load")
+        batches.close()
         run_log.say(f"trained {state.step} steps, {state.tokens} tokens in {format_duration(state.elapsed_seconds)}")
 
 
@@ -117,16 +134,20 @@ class StopAsked(Exception):  # noqa: N818 - nothing is wrong
     """A signal came while the run was validating."""
 
 
-def finish_step(run: Run, run_log: RunLog, saver: Saver, stop: StopRequest) -> None:
+def finish_step(run: Run, run_log: RunLog, saver: Saver, stop: StopRequest) -> bool:
     """Validate, sample and save where that is due after `state.step` steps.
+
+    Returns:
+        Whether it validated.
 
     Raises:
         Interrupted: a signal came while it validated; the resumed run does it again.
     """
     state, training = run.state, run.config.training
-    is_last, ends_epoch = state.step == state.total_steps, state.step % run.sampler.steps_per_epoch == 0
-    eval_interval = training.eval_interval or max(1, math.ceil(state.total_steps / 10))
-    sample_interval = training.sample_interval or eval_interval
+    is_last = state.step == state.total_steps
+    is_pause = is_due(run, training.eval_interval)
+    is_sample = is_due(run, training.sample_interval or training.eval_interval)
+    ends_epoch = state.step % run.sampler.steps_per_epoch == 0 and are_epochs_pauses(run)
 
     def check_signals() -> None:
         # A signal may reach one process before another; all must leave at the same place.
@@ -134,7 +155,8 @@ def finish_step(run: Run, run_log: RunLog, saver: Saver, stop: StopRequest) -> N
             raise StopAsked
 
     is_best = False
-    if state.step % eval_interval == 0 or ends_epoch or is_last:
+    validates = is_pause or ends_epoch or is_last
+    if validates:
         validation_started = time.perf_counter()
         try:
             scores = validate(run, check_signals)
@@ -145,15 +167,38 @@ def finish_step(run: Run, run_log: RunLog, saver: Saver, stop: StopRequest) -> N
         if is_best:
             state.best_loss, state.best_step = scores.loss, state.step
         log_validation(run, run_log, scores)
-    if training.sample_tokens and (state.step % sample_interval == 0 or is_last):
+    if training.sample_tokens and (is_sample or is_last):
         try:
             run_log.sample(step=state.step, prompt=training.sample_prompt, text=sample_text(run))
         except CheckpointError:  # scores of the next token that are not finite; the next step's loss will say so
             run_log.say(f"warning: at step {state.step} the model's scores are not finite, so there is no sample")
     state.is_unfinished = False
-    is_due = training.save_interval is not None and state.step % training.save_interval == 0
-    if ends_epoch or is_due or is_best or is_last:
+    is_saved = training.save_interval is not None and state.step % training.save_interval == 0
+    if ends_epoch or is_saved or is_best or is_last:
         saver.save(is_best=is_best)
+    return validates
+
+
+def is_due(run: Run, interval: int | None) -> bool:
+    """Say whether `state.step` is a multiple of the interval; None: a tenth of the schedule, whatever its length."""
+    state = run.state
+    if interval is not None:
+        return state.step % interval == 0
+    before, _ = place_in_schedule(state.step - 1, state.total_steps, state.anchor)
+    place, planned = place_in_schedule(state.step, state.total_steps, state.anchor)
+    tenth = max(1, math.ceil(planned / PAUSES))
+    return place // tenth > before // tenth
+
+
+def are_epochs_pauses(run: Run) -> bool:
+    """Say whether the run validates and saves at the end of each epoch.
+
+    Under a time budget, only where epochs are not shorter than the interval of validations: the passes over a small
+    text may be thousands.
+    """
+    training = run.config.training
+    interval = training.eval_interval or math.ceil(run.state.total_steps / PAUSES)
+    return training.max_minutes is None or run.sampler.steps_per_epoch >= interval
 
 
 def leave(run: Run, saver: Saver, stop: StopRequest) -> NoReturn:

@@ -4,9 +4,11 @@ import ctypes
 import os
 import platform
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -24,6 +26,21 @@ def wait_politely() -> None:
     training step sixteen times slower, instead of six (`docs/log.md`). The user's own setting is kept.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
+
+
+def perf_counter_at_start() -> float:
+    """Return what `time.perf_counter` read when the system started this process, in seconds.
+
+    Where the system does not say it, the time that the process has computed stands for how long it has run.
+    """
+    try:
+        # The name, in brackets, may hold spaces; the 22nd field is the start in clock ticks since the system's own.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        age = max(0.0, uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        age = time.process_time()
+    return time.perf_counter() - age
 
 
 def keep_freed_memory() -> None:

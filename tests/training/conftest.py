@@ -1,4 +1,7 @@
+import os
+import pkgutil
 import random
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -192,3 +195,28 @@ def tiny_config(**settings: object) -> Config:
 @pytest.fixture(name="tiny_config")
 def _tiny_config():
     return tiny_config
+
+
+@pytest.fixture
+def signal_at():
+    """Send this process a signal at the `nth` call, from 1, of a function that is named by its module."""
+    patch = pytest.MonkeyPatch()
+
+    def at(nth, function="sheepop.training.trainer.train_step", number=signal.SIGTERM):
+        patch.undo()
+        original = pkgutil.resolve_name(function)
+        calls = 0
+
+        def signalling(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls == nth:
+                os.kill(os.getpid(), number)
+            return original(*arguments, **options)
+
+        patch.setattr(function, signalling)
+
+    at.undo = patch.undo
+    yield at
+    patch.undo()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

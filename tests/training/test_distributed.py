@@ -188,3 +188,15 @@ def test_a_sharded_run_that_never_made_a_step_goes_on(tmp_path, alone):
     assert (run / "checkpoint_step_0/training_state/sharded").is_dir()
     finish(torchrun(2, *command, "--resume", "auto"))
     assert_same_within_rounding(alone, run, "checkpoint_step_50")
+
+
+@pytest.mark.slow
+def test_processes_share_a_run_that_was_chosen_for_a_time(tmp_path, many_documents):
+    command = ["train", "--data", many_documents, "--minutes", 0.4, "--device", "cpu", "--training.log_interval", 1]
+    _, errors = finish(torchrun(2, *command, "--output", tmp_path / "run"))
+    assert errors.count("measured:") == errors.count("bits per byte at the end") == 1
+    steps = [line["step"] for line in read_metrics(tmp_path / "run", "train")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert read_metrics(tmp_path / "run", "val")[-1]["step"] == steps[-1]
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["training"]["gradient_accumulation_steps"] % 2 == 0

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sheepop.config import TrainingConfig
-from sheepop.training.schedule import learning_rate_at
+from sheepop.training.schedule import Anchor, learning_rate_at, place_in_schedule
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
@@ -51,3 +51,34 @@ def test_every_rate_lies_between_nothing_and_the_peak_and_never_rises_after_warm
     assert all(0 < value <= 0.5 + 1e-12 for value in values)
     after = values[warmup_steps:]
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(after))
+
+
+@settings(deadline=None)
+@given(
+    planned=st.integers(2, 60),
+    share=st.floats(0.0, 0.99),
+    step=st.integers(0, 200),
+    left=st.integers(1, 200),
+    warmup_steps=st.integers(0, 20),
+    schedule=st.sampled_from(SCHEDULES),
+)
+def test_after_another_length_was_decided_the_rate_goes_on_and_is_fully_decayed_at_the_new_end(
+    planned, share, step, left, warmup_steps, schedule
+):
+    training = TrainingConfig(
+        learning_rate=0.5, min_learning_rate_ratio=0.0, schedule=schedule, warmup_steps=warmup_steps
+    )
+    anchor = Anchor(schedule_steps=planned, step=step, place=share * (planned - 1))
+    total_steps = step + left
+    rates = [learning_rate_at(number, total_steps, training, anchor) for number in range(step, total_steps)]
+    assert all(0 <= rate <= 0.5 for rate in rates)
+    assert rates[-1] == learning_rate_at(planned - 1, planned, training)
+    places = [place_in_schedule(number, total_steps, anchor)[0] for number in range(step, total_steps + 1)]
+    assert all(before < after for before, after in itertools.pairwise(places))
+    assert places[-1] == planned
+    assert left == 1 or places[0] == anchor.place
+    # Decided again from the same place for the same end, nothing changes.
+    middle = step + left // 2
+    again = Anchor(planned, middle, anchor.place_of(middle, total_steps))
+    for number in range(middle, total_steps):
+        assert again.place_of(number, total_steps) == pytest.approx(anchor.place_of(number, total_steps))

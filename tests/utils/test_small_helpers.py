@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from sheepop.utils import devices
 from sheepop.utils.devices import available_devices, choose_precision, cpu_has_bf16, peak_flops, resolve_device
 from sheepop.utils.errors import ConfigError, did_you_mean
 from sheepop.utils.logging import format_count, format_duration
+from sheepop.utils.runtime import perf_counter_at_start
 from sheepop.utils.seeds import derive_seed
 
 CPU = torch.device("cpu")
@@ -96,3 +99,9 @@ def test_the_cpus_peak_is_measured_in_the_precision_used(monkeypatch):
     products.clear()
     peak_flops(CPU, torch.bfloat16)
     assert products == [torch.bfloat16]
+
+
+def test_the_start_of_the_process_is_known_and_stays():
+    began = perf_counter_at_start()
+    assert began < time.perf_counter()
+    assert perf_counter_at_start() == pytest.approx(began, abs=0.5)

@@ -1,0 +1,225 @@
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from sheepop.cli import main
+from sheepop.config import load_config
+from sheepop.data.corpus import open_corpus
+from sheepop.training import dial
+from sheepop.training.checkpoint import find_resume, read_state
+from sheepop.training.dial import choose_settings, compare_with_expectation, is_dial, look_at_text, sample_text
+from sheepop.training.rehearsal import make_plan
+from sheepop.training.run import start_run
+from sheepop.training.speed import MachineFacts
+from sheepop.utils.errors import ConfigError, DataError, Interrupted
+
+CPU = torch.device("cpu")
+SLOW = MachineFacts("cpu", overhead=0.02, speeds={"fp32": 1e9, "bf16": 1e9}, bandwidth=1e8)
+
+
+@pytest.fixture
+def slow_machine(monkeypatch):
+    """A machine on which a minute is a few steps, so that runs are short; nothing is measured by the clock."""
+    monkeypatch.setattr(dial, "measure_machine", lambda *_, **__: SLOW)
+    monkeypatch.setattr("sheepop.training.length.measure_step", lambda *_, **__: 3.0)
+    monkeypatch.setattr("sheepop.training.length.is_review_due", lambda run: False)
+    monkeypatch.setattr("sheepop.training.trainer.is_review_due", lambda run: False)
+
+
+@pytest.fixture
+def never_measured(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the dial looked at the machine")
+
+    monkeypatch.setattr(dial, "measure_machine", refuse)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "hill.txt"
+    path.write_text("The old sheep follows the dog over the hill, but the dog follows none.\n" * 120, encoding="utf-8")
+    return path
+
+
+def given(text, folder, **settings):
+    named = {"data.path": str(text), "data.data_dir": str(folder / "data"), "training.save_dir": str(folder / "run")}
+    named |= {"training.max_minutes": 1.0, "training.sample_tokens": 3, "device": "cpu"}
+    return named | {key.replace("__", "."): value for key, value in settings.items()}
+
+
+def test_the_dial_is_minutes_and_nothing_else():
+    minutes = {"training.max_minutes": 3.0}
+    assert is_dial(None, None, minutes)
+    assert is_dial(None, None, minutes | {"model.d_model": 64})
+    assert not is_dial(None, None, {})
+    assert not is_dial(None, "modern", minutes)
+    assert not is_dial("settings.json", None, minutes)
+    assert not is_dial(None, None, minutes | {"preset": "nano"})
+
+
+def test_minutes_choose_a_run_and_say_so(text, tmp_path, slow_machine, capsys):
+    run = start_run(None, preset=None, overrides=given(text, tmp_path, model__num_layers=1), resume=None)
+    said = capsys.readouterr().err
+    for words in (
+        "measured:",
+        "tokens:",
+        "model: 1 layers of width",
+        "epochs",
+        "expected:",
+        "bits per byte at the end",
+    ):
+        assert words in said
+    config = load_config(run / "config.json")
+    assert config.preset == "modern"
+    assert (config.training.optimizer, config.training.schedule, config.model.num_layers) == ("muon", "linear", 1)
+    assert config.model.ngram_order == 1  # what the dial chooses can be exported
+    assert config.model.vocab_size == open_corpus(Path(config.data.path)).tokenizer().vocab_size
+    expected = json.loads((run / "expected.json").read_text())
+    assert expected["from"] < expected["bits_per_byte"] < expected["to"]
+    assert "model.num_layers" not in expected["settings"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["type"] == "val"
+    assert lines[-2]["learning_rate"] == 0.0
+
+
+def test_what_came_out_is_compared_with_what_was_expected(tmp_path):
+    assert compare_with_expectation(tmp_path) is None
+    (tmp_path / "expected.json").write_text('{"bits_per_byte": 2.0, "from": 1.9, "to": 2.1}')
+    for found, verdict in ((1.8, "better than expected"), (2.05, "as expected"), (2.2, "worse than expected")):
+        (tmp_path / "metrics.jsonl").write_text(
+            f'{{"type": "val", "bits_per_byte": 9.0}}\n{{"type": "val", "bits_per_byte": {found}}}\n'
+        )
+        assert f"{found:.3f} bits per byte at the end, {verdict}" in compare_with_expectation(tmp_path)
+
+
+def test_with_a_preset_or_a_file_minutes_set_the_length_alone(text, tmp_path, slow_machine, never_measured):
+    sizes = {"model__d_model": 20, "model__num_heads": 5, "model__max_seq_len": 14, "training__eval_max_tokens": 50}
+    overrides = given(text, tmp_path, **sizes, data__tokenizer="char", training__batch_size=2)
+    run = start_run(None, preset="classic", overrides=overrides, resume=None)
+    assert load_config(run / "config.json").training.optimizer == "adamw"
+    assert not (run / "expected.json").exists()
+
+
+def test_a_resumed_run_does_not_choose_again(text, tmp_path, slow_machine, signal_at, monkeypatch, capsys):
+    overrides = given(text, tmp_path)
+    signal_at(4)
+    with pytest.raises(Interrupted):
+        start_run(None, preset=None, overrides=overrides, resume="auto")  # nothing to resume yet: it chooses
+    signal_at.undo()
+    before = load_config(tmp_path / "run/config.json")
+    monkeypatch.setattr(dial, "measure_machine", lambda *_, **__: 1 / 0)
+    run = start_run(None, preset=None, overrides=overrides, resume="auto")
+    after = load_config(run / "config.json")
+    assert (after.model, after.training) == (before.model, before.training)
+    assert read_state(find_resume(run, "auto")).step > 4
+    assert "bits per byte at the end" in capsys.readouterr().err
+
+
+def test_a_prepared_folder_keeps_its_tokenizer(corpus_folder, tmp_path, slow_machine):
+    asked = load_config(preset="modern", overrides={"data.path": str(corpus_folder)})
+    facts = look_at_text(asked, {}, seconds=0.0)
+    corpus = open_corpus(corpus_folder)
+    assert facts.is_prepared
+    assert facts.train_bytes == corpus.split("train").num_bytes
+    assert [entry.vocab_size for entry in facts.tokenizers] == [corpus.tokenizer().vocab_size]
+    overrides = given(corpus_folder, tmp_path)
+    choice = choose_settings(overrides, device=CPU, began=time.perf_counter())
+    assert choice.config.model.vocab_size == corpus.tokenizer().vocab_size
+    run = start_run(None, preset=None, overrides=overrides, resume=None)
+    assert load_config(run / "config.json").data.path == str(corpus_folder.resolve())
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"char", "bpe"}),
+        ({"data.tokenizer": "char"}, {"char"}),
+        ({"data.tokenizer": "bpe", "model.vocab_size": 300}, {"bpe"}),
+        ({"data.tokenizer": "word", "model.vocab_size": 9}, {"word"}),
+    ],
+)
+def test_tokenizers_are_tried_on_the_text_unless_one_is_given(text, settings, expected):
+    asked = load_config(preset="modern", overrides={"data.path": str(text)} | settings)
+    facts = look_at_text(asked, settings, seconds=60.0)
+    assert {entry.name for entry in facts.tokenizers} == expected
+    if "model.vocab_size" in settings:
+        assert [entry.entries_asked for entry in facts.tokenizers] == [settings["model.vocab_size"]]
+    assert all(entry.bytes_per_token >= 1 for entry in facts.tokenizers if entry.name != "word")
+    assert facts.train_bytes + facts.val_bytes == text.stat().st_size
+    assert 0 < facts.compressed_bits < 3
+
+
+def test_a_sample_is_taken_from_all_over_the_files(tmp_path):
+    for number in range(7):
+        (tmp_path / f"{number}.txt").write_text(f"{number}" * 5000, encoding="utf-8")
+    pieces, total = sample_text(tmp_path, None, 700)
+    assert total == 35_000
+    assert {piece[0] for piece in pieces} == set("0123456")
+    assert sum(map(len, pieces)) < 1000
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("long.txt", "sheep " * 10_000)
+    _, total = sample_text(tmp_path / "a.zip", None, 100_000)
+    assert total == pytest.approx(60_000, rel=0.01)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/empty.txt").touch()
+    with pytest.raises(DataError, match="no text"):
+        sample_text(tmp_path / "empty", None, 100)
+
+
+@pytest.mark.parametrize("size", [1000, 300_000])
+def test_tiny_texts_and_long_ones_train(tmp_path, slow_machine, size):
+    path = tmp_path / "text.txt"
+    path.write_text(("The hill is green. A sheep sleeps on it; the dog does not.\n" * 6000)[:size], encoding="utf-8")
+    run = start_run(None, preset=None, overrides=given(path, tmp_path), resume=None)
+    assert len(list(run.glob("checkpoint_*"))) <= 3
+    assert (run / "best.json").exists()
+
+
+def test_planning_shows_the_same_choice(text, tmp_path, slow_machine, capsys):
+    overrides = given(text, tmp_path)
+    plan = make_plan(None, preset=None, overrides=overrides)
+    assert "expected:" in capsys.readouterr().err
+    choice = choose_settings(overrides, device=CPU, began=time.perf_counter())
+    assert plan.config.model.d_model == choice.config.model.d_model
+    assert plan.config.training.optimizer == "muon"
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_short_a_time_is_a_clear_error(text, tmp_path, slow_machine):
+    with pytest.raises(ConfigError, match="minutes are too short"):
+        start_run(None, preset=None, overrides=given(text, tmp_path, training__max_minutes=0.001), resume=None)
+
+
+def test_the_machine_is_measured_by_real_steps():
+    facts = dial.measure_machine(CPU, seconds=0.0)
+    assert facts.overhead >= 0
+    assert all(1e8 < speed < 1e15 for speed in facts.speeds.values())
+    assert facts.bandwidth > 1e7
+
+
+def test_the_command(text, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--data", str(text), "--minutes", "-1", "--output", str(tmp_path / "run")])
+    assert caught.value.code == 2
+    assert "max_minutes" in capsys.readouterr().err
+    command = ["train", "--data", text, "--minutes", "0.15", "--output", "run", "--device", "cpu"]
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "sheepop", *map(str, command)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "run"
+    assert "bits per byte at the end" in done.stderr
+    assert time.perf_counter() - began < 60  # 9 s, on a machine that nobody else uses

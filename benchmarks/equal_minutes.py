@@ -31,8 +31,13 @@ NANOGPT_SETTINGS: dict[str, dict[str, object]] = {
     "6 x 384": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16},
     "4 x 256": {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 16},
     "6 x 256, rate 2e-3": {
-        "n_layer": 6, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 16,
-        "learning_rate": 2e-3, "min_lr": 2e-4,
+        "n_layer": 6,
+        "n_head": 4,
+        "n_embd": 256,
+        "block_size": 256,
+        "batch_size": 16,
+        "learning_rate": 2e-3,
+        "min_lr": 2e-4,
     },
 }
 TIMED_STEPS = 25

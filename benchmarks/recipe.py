@@ -9,7 +9,6 @@ that it can be repeated until all is there; `--only WORD` takes the runs whose n
 """
 
 import argparse
-import bz2
 import json
 import math
 import tempfile
@@ -23,9 +22,9 @@ from typing import Any
 from common import show
 
 from sheepop.config import load_config
-from sheepop.data.documents import iter_documents
 from sheepop.data.prepare import prepare_on_the_way
 from sheepop.models.sizing import count_parameters
+from sheepop.training.dial import SAMPLE_BYTES, bits_of_compressor, sample_text
 from sheepop.training.recipe import LAW, Law, TokenizerFacts, expected_bits_per_byte, settings_for
 from sheepop.training.run import start_run
 
@@ -42,6 +41,8 @@ GRID = [
     ("novels", ("bpe", 4096), (128, 4), 0.4),
     ("novels", ("bpe", 8192), (64, 2), 1.2),
     ("novels", ("bpe", 1024), (192, 6), 0.4),
+    ("stories", ("bpe", 1024), (64, 2), 0.4),
+    ("stories", ("bpe", 1024), (64, 2), 1.2),
 ]
 
 
@@ -113,8 +114,8 @@ def replace_vocabulary(model: Any, vocab_size: int) -> Any:
 
 
 def compressed_bits(path: Path) -> float:
-    text = "".join(document.text for document in iter_documents([path], separator=None))[:2_000_000].encode()
-    return 8 * len(bz2.compress(text)) / len(text)
+    pieces, _ = sample_text(path, "<|endoftext|>", SAMPLE_BYTES)
+    return bits_of_compressor("".join(pieces).encode())
 
 
 def fit(runs: Sequence[dict[str, Any]]) -> tuple[Law, list[float]]:

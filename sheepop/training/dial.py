@@ -3,10 +3,10 @@
 It is used where a time budget is all that was given: with a file or a preset, minutes set only the length.
 """
 
-import bz2
 import json
 import time
 import warnings
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def explain(choice: Choice, text: TextFacts, machine: MachineFacts) -> list[str]
     named = {"char": "characters", "bpe": "byte-level BPE", "word": "words"}.get(tokenizer.name, "its own tokenizer")
     why_tokens = "the text is prepared" if text.is_prepared else "lowest expected loss that the text can fill"
     rereading = f"dropout {config.model.dropout:g}" + (
-        ", since it is read again" if config.model.dropout else ", since text is hardly repeated"
+        ", since it is read again" if config.model.dropout else ", since it cannot learn the text by heart"
     )
     return [
         f"measured: {format_count(text.train_bytes)} bytes to train on; {speeds} inside of products, "
@@ -214,8 +214,8 @@ def sizes_of(kind: str, train_bytes: int, given: int | None) -> list[int]:
 
 
 def bits_of_compressor(text: bytes) -> float:
-    """Return the bits a byte that bzip2 needs: of short texts too many, but those are hard to learn from as well."""
-    return min(8.0, 8 * len(bz2.compress(text)) / max(1, len(text)))
+    """Return the bits a byte that zlib needs. It looks back 32 KB, so the size of the sample hardly matters."""
+    return min(8.0, 8 * len(zlib.compress(text, 9)) / max(1, len(text)))
 
 
 # Width, layers and tokens: two of one model for what calls cost, larger ones for speed, each in its width's precision.

@@ -30,6 +30,7 @@ MEASURED_STEPS = 4
 # Shares of the schedule after which a time budget is looked at again: soon, since a few steps before the first say
 # little, and at last when hardly anything can go wrong any more. Not at tenths, where the run pauses to validate.
 REVIEWS = (0.03, 0.12, 0.26, 0.52, 0.76, 0.91, 0.97)
+UNREVIEWED_SHARE, UNREVIEWED_LEAST = 0.25, 0.01  # of the time that is left, but not less of the budget
 PAUSES = 10  # validations over a run where `eval_interval` is None
 LEAVING_SECONDS = 0.3  # that the process takes to end
 WORTH_SAYING = 0.03  # change of the number of steps, as a share of all
@@ -131,11 +132,22 @@ def steps_in_seconds(
     return max(0, int(seconds / seconds_per_step))
 
 
-def is_review_due(run: Run) -> bool:
-    """Say whether the step just made, `run.state.step`, is one after which a time budget is looked at again."""
-    state = run.state
-    if run.config.training.max_minutes is None or state.step >= state.total_steps:
+def is_review_due(run: Run, seconds_since: float) -> bool:
+    """Say whether the step just made, `run.state.step`, is one after which a time budget is looked at again.
+
+    Beside the fixed places, a single process looks when a quarter of the time that was left has gone since: the machine
+    may have become many times slower. Several processes would have to agree on that after each step.
+
+    Args:
+        seconds_since: of steps since the last time.
+    """
+    state, minutes = run.state, run.config.training.max_minutes
+    if minutes is None or state.step >= state.total_steps:
         return False
+    if run.world.size == 1:
+        left = 60 * minutes - state.starting_seconds - state.elapsed_seconds
+        if seconds_since >= max(UNREVIEWED_LEAST * 60 * minutes, UNREVIEWED_SHARE * left):
+            return True
     places = [place_in_schedule(step, state.total_steps, state.anchor) for step in (state.step - 1, state.step)]
     passed = [sum(place >= review * planned for review in REVIEWS) for place, planned in places]
     return passed[1] > passed[0]

@@ -83,7 +83,7 @@ def train(run: Run) -> None:
             interval_seconds += step_seconds
             state.elapsed_seconds = elapsed_before + time.perf_counter() - started
             reviewed_steps, reviewed_seconds = reviewed_steps + 1, reviewed_seconds + step_seconds
-            if is_review_due(run):
+            if is_review_due(run, reviewed_seconds):
                 change = review_length(run, reviewed_seconds / reviewed_steps)
                 reviewed_steps, reviewed_seconds = 0, 0.0
                 if change is not None:

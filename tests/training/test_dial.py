@@ -29,8 +29,8 @@ def slow_machine(monkeypatch):
     """A machine on which a minute is a few steps, so that runs are short; nothing is measured by the clock."""
     monkeypatch.setattr(dial, "measure_machine", lambda *_, **__: SLOW)
     monkeypatch.setattr("sheepop.training.length.measure_step", lambda *_, **__: 3.0)
-    monkeypatch.setattr("sheepop.training.length.is_review_due", lambda run: False)
-    monkeypatch.setattr("sheepop.training.trainer.is_review_due", lambda run: False)
+    monkeypatch.setattr("sheepop.training.length.is_review_due", lambda *_: False)
+    monkeypatch.setattr("sheepop.training.trainer.is_review_due", lambda *_: False)
 
 
 @pytest.fixture

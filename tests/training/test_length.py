@@ -134,7 +134,7 @@ BUDGET = {"preset": "modern", "training.max_minutes": 4.0, "training.eval_interv
 
 
 @pytest.mark.parametrize(
-    ("factor", "since"), [(1.0, 0), (3.0, 1), (0.4, 1), (3.0, 40), (0.4, 40), (2.5, 150), (0.1, 150)]
+    ("factor", "since"), [(1.0, 0), (3.0, 1), (0.4, 1), (3.0, 40), (0.4, 40), (2.5, 150), (6.0, 175), (0.1, 150)]
 )
 def test_a_run_ends_on_time_on_a_machine_whose_speed_changes(tmp_path, train_in, monkeypatch, capsys, factor, since):
     machine = Machine(monkeypatch, seconds_of_step=slower_by(factor, since=since))

@@ -188,7 +188,7 @@ def activation_bytes(
         on_gpu=on_gpu,
     )
     layers = config.num_layers * 4 * N * D + layer if activation_checkpointing else config.num_layers * layer
-    outside = 8 * N + norm_activation_bytes(config, N, on_gpu=on_gpu)  # ids; final norm
+    outside = 8 * N * config.ngram_order + norm_activation_bytes(config, N, on_gpu=on_gpu)  # ids, rows; final norm
     if config.positions == "rotary":
         outside += 4 * context * (config.num_heads + config.num_kv_heads) * config.head_dim
     if config.dropout:

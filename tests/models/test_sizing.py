@@ -64,6 +64,7 @@ VARIANTS = [
     ("modern", {}),
     ("modern", {"dropout": 0.2}),
     ("modern", {"activation": "geglu", "positions": "none"}),
+    ("modern", {"ngram_order": 4, "ngram_entries": 99}),
     ("modern", {"qk_norm": False, "num_heads": 5, "num_kv_heads": 5}),
 ]
 

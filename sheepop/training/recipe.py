@@ -367,8 +367,8 @@ def learning_rate_for(width: int, optimizer: str) -> float:
 def dropout_for(epochs: float, parameters_per_token: float) -> float:
     """Return the dropout for a text that is read so often by a model of so many parameters for each of its tokens.
 
-    New text needs none, and neither does a model too small to learn the text by heart: at a third of a parameter a token
-    and 9 epochs, 0.1 cost 0.06 bits a byte and a third of the speed.
+    New text needs none, and neither does a model too small to learn the text by heart: with a third of a parameter a
+    token and 9 epochs, 0.1 cost 0.06 bits a byte and a third of the speed.
     """
     if epochs < 4 or parameters_per_token < 1:
         return 0.0

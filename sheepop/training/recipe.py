@@ -114,21 +114,21 @@ class Law:
 
     (compressed bits / 3.06)^d · (E + A / (parameters / 1e6)^a + B / (bytes seen / 1e6)^b), after Hoffmann et al. 2022;
     text that is read again counts less and less (Muennighoff et al. 2023, equation 5; for large models they found 15.4
-    `repetitions`, these small ones on small texts gain far less). In bytes instead of tokens one law serves all
+    `repetitions`). In bytes instead of tokens one law serves all
     tokenizers: a token of a larger vocabulary is more text.
 
     `margin` and `wider` say how far from it runs end. The constants are those of `benchmarks/recipe.py`: 0.1 to 0.9 M
-    parameters, 0.4 to 3.6 M tokens of novels and of tinyshakespeare (`docs/log.md`, 2026-11-24). Beyond that they are a
+    parameters, 0.4 to 3.6 M tokens of novels, tinyshakespeare and TinyStories (`docs/log.md`, 2026-11-24). Beyond that they are a
     guess.
     """
 
-    floor: float = 0.868
-    size_factor: float = 0.267
-    size_exponent: float = 0.237
+    floor: float = 0.884
+    size_factor: float = 0.369
+    size_exponent: float = 0.147
     text_factor: float = 1.068
-    text_exponent: float = 0.240
-    difficulty_exponent: float = 0.298
-    repetitions: float = 1.45
+    text_exponent: float = 0.247
+    difficulty_exponent: float = 1.92
+    repetitions: float = 5.75
     margin: float = 1.05
     wider: float = 0.1
 

@@ -114,12 +114,11 @@ class Law:
 
     (compressed bits / 3.06)^d · (E + A / (parameters / 1e6)^a + B / (bytes seen / 1e6)^b), after Hoffmann et al. 2022;
     text that is read again counts less and less (Muennighoff et al. 2023, equation 5; for large models they found 15.4
-    `repetitions`). In bytes instead of tokens one law serves all
-    tokenizers: a token of a larger vocabulary is more text.
+    `repetitions`). In bytes instead of tokens one law serves all tokenizers: a token of a larger vocabulary is more
+    text. `margin` and `wider` say how far from it runs end.
 
-    `margin` and `wider` say how far from it runs end. The constants are those of `benchmarks/recipe.py`: 0.1 to 0.9 M
-    parameters, 0.4 to 3.6 M tokens of novels, tinyshakespeare and TinyStories (`docs/log.md`, 2026-11-24). Beyond that they are a
-    guess.
+    The constants are those of `benchmarks/recipe.py`: 0.1 to 0.9 M parameters, 0.4 to 3.6 M tokens of novels,
+    tinyshakespeare and TinyStories (`docs/log.md`, 2026-11-24). Beyond that they are a guess.
     """
 
     floor: float = 0.884
@@ -135,6 +134,7 @@ class Law:
 
 LAW = Law()
 REFERENCE_BITS = 3.06  # what zlib needs for a byte of the novels
+MOST_BITS = 4.0  # zlib needs more only for texts too short for it
 
 
 def effective_tokens(tokens: float, epoch_tokens: float, repetitions: float) -> float:
@@ -161,7 +161,8 @@ def expected_bits_per_byte(
         + law.size_factor * (parameters / 1e6) ** -law.size_exponent
         + law.text_factor * (seen / 1e6) ** -law.text_exponent
     )
-    return float(bits * (compressed_bits / REFERENCE_BITS) ** law.difficulty_exponent)
+    difficulty = min(compressed_bits, MOST_BITS) / REFERENCE_BITS
+    return float(bits * difficulty**law.difficulty_exponent)
 
 
 def margin_of(seen_bytes: float, train_bytes: float) -> float:

@@ -117,18 +117,18 @@ class Law:
     `repetitions`). In bytes instead of tokens one law serves all tokenizers: a token of a larger vocabulary is more
     text. `margin` and `wider` say how far from it runs end.
 
-    The constants are those of `benchmarks/recipe.py`: 0.1 to 0.9 M parameters, 0.4 to 3.6 M tokens of novels,
+    The constants are those of `benchmarks/recipe.py`: 0.06 to 0.9 M parameters, 0.4 to 3.6 M tokens of novels,
     tinyshakespeare and TinyStories (`docs/log.md`, 2026-11-24). Beyond that they are a guess.
     """
 
-    floor: float = 0.884
-    size_factor: float = 0.369
-    size_exponent: float = 0.147
-    text_factor: float = 1.068
-    text_exponent: float = 0.247
-    difficulty_exponent: float = 1.92
-    repetitions: float = 5.75
-    margin: float = 1.05
+    floor: float = 0.88
+    size_factor: float = 0.357
+    size_exponent: float = 0.182
+    text_factor: float = 1.07
+    text_exponent: float = 0.234
+    difficulty_exponent: float = 1.93
+    repetitions: float = 9.79
+    margin: float = 1.06
     wider: float = 0.1
 
 

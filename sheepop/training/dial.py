@@ -97,7 +97,7 @@ def explain(choice: Choice, text: TextFacts, machine: MachineFacts) -> list[str]
     named = {"char": "characters", "bpe": "byte-level BPE", "word": "words"}.get(tokenizer.name, "its own tokenizer")
     why_tokens = "the text is prepared" if text.is_prepared else "lowest expected loss that the text can fill"
     rereading = f"dropout {config.model.dropout:g}" + (
-        ", since it is read again" if config.model.dropout else ", since it cannot learn the text by heart"
+        ", or it would learn the text by heart" if config.model.dropout else ": it will not learn the text by heart"
     )
     return [
         f"measured: {format_count(text.train_bytes)} bytes to train on; {speeds} inside of products, "

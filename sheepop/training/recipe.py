@@ -114,27 +114,27 @@ class Law:
 
     (compressed bits / 3.06)^d · (E + A / (parameters / 1e6)^a + B / (bytes seen / 1e6)^b), after Hoffmann et al. 2022;
     text that is read again counts less and less (Muennighoff et al. 2023, equation 5; for large models they found 15.4
-    `repetitions`, these small ones on small texts gain far less). In bytes instead of tokens one law serves all
-    tokenizers: a token of a larger vocabulary is more text.
+    `repetitions`). In bytes instead of tokens one law serves all tokenizers: a token of a larger vocabulary is more
+    text. `margin` and `wider` say how far from it runs end.
 
-    `margin` and `wider` say how far from it runs end. The constants are those of `benchmarks/recipe.py`: 0.1 to 0.9 M
-    parameters, 0.4 to 3.6 M tokens of novels and of tinyshakespeare (`docs/log.md`, 2026-11-24). Beyond that they are a
-    guess.
+    The constants are those of `benchmarks/recipe.py`: 0.06 to 0.9 M parameters, 0.4 to 3.6 M tokens of novels,
+    tinyshakespeare and TinyStories (`docs/log.md`, 2026-11-24). Beyond that they are a guess.
     """
 
-    floor: float = 0.868
-    size_factor: float = 0.267
-    size_exponent: float = 0.237
-    text_factor: float = 1.068
-    text_exponent: float = 0.240
-    difficulty_exponent: float = 0.298
-    repetitions: float = 1.45
-    margin: float = 1.05
+    floor: float = 0.88
+    size_factor: float = 0.357
+    size_exponent: float = 0.182
+    text_factor: float = 1.07
+    text_exponent: float = 0.234
+    difficulty_exponent: float = 1.93
+    repetitions: float = 9.79
+    margin: float = 1.06
     wider: float = 0.1
 
 
 LAW = Law()
 REFERENCE_BITS = 3.06  # what zlib needs for a byte of the novels
+MOST_BITS = 4.0  # zlib needs more only for texts too short for it
 
 
 def effective_tokens(tokens: float, epoch_tokens: float, repetitions: float) -> float:
@@ -161,7 +161,8 @@ def expected_bits_per_byte(
         + law.size_factor * (parameters / 1e6) ** -law.size_exponent
         + law.text_factor * (seen / 1e6) ** -law.text_exponent
     )
-    return float(bits * (compressed_bits / REFERENCE_BITS) ** law.difficulty_exponent)
+    difficulty = min(compressed_bits, MOST_BITS) / REFERENCE_BITS
+    return float(bits * difficulty**law.difficulty_exponent)
 
 
 def margin_of(seen_bytes: float, train_bytes: float) -> float:
@@ -367,7 +368,7 @@ def learning_rate_for(width: int, optimizer: str) -> float:
 def dropout_for(epochs: float, parameters_per_token: float) -> float:
     """Return the dropout for a text that is read so often by a model of so many parameters for each of its tokens.
 
-    New text needs none, and neither does a model too small to learn the text by heart: at a third of a parameter a
+    New text needs none, and neither does a model too small to learn the text by heart: with a third of a parameter a
     token and 9 epochs, 0.1 cost 0.06 bits a byte and a third of the speed.
     """
     if epochs < 4 or parameters_per_token < 1:

@@ -43,6 +43,7 @@ from sheepop.utils.memory import available_bytes
 EXPECTED_FILE = "expected.json"  # in the run's folder: what the dial chose, and what is to come of it
 MEASURED_SHARE = 0.05  # of the budget, at most, for text and machine each a half
 MEASURED_SECONDS = 10.0
+OTHER_SPEED = 0.2  # from so large a difference in the number of steps on, it is said at the end
 SAMPLE_BYTES = 600_000
 SAMPLE_BYTES_A_SECOND = 10_000  # of the budget: short runs cannot pay for a large sample
 PIECE_CHARACTERS = 10_000
@@ -291,4 +292,11 @@ def compare_with_expectation(run: Path) -> str | None:
     verdict = (
         "as expected" if low <= found <= high else "better than expected" if found < low else "worse than expected"
     )
-    return f"{found:.3f} bits per byte at the end, {verdict}: {expected['bits_per_byte']:.2f} ({low:.2f} to {high:.2f})"
+    steps, planned = scores[-1]["step"], expected["steps"]
+    outcome = (
+        f"{found:.3f} bits per byte at the end, {verdict}: {expected['bits_per_byte']:.2f} ({low:.2f} to {high:.2f})"
+    )
+    if abs(steps / planned - 1) < OTHER_SPEED:
+        return outcome
+    speed = "slower" if steps < planned else "faster"
+    return f"{outcome}; the machine was {speed} than measured, {steps} steps instead of {planned}"

@@ -91,12 +91,15 @@ def test_minutes_choose_a_run_and_say_so(text, tmp_path, slow_machine, capsys):
 
 def test_what_came_out_is_compared_with_what_was_expected(tmp_path):
     assert compare_with_expectation(tmp_path) is None
-    (tmp_path / "expected.json").write_text('{"bits_per_byte": 2.0, "from": 1.9, "to": 2.1}')
+    (tmp_path / "expected.json").write_text('{"bits_per_byte": 2.0, "from": 1.9, "to": 2.1, "steps": 100}')
     for found, verdict in ((1.8, "better than expected"), (2.05, "as expected"), (2.2, "worse than expected")):
         (tmp_path / "metrics.jsonl").write_text(
-            f'{{"type": "val", "bits_per_byte": 9.0}}\n{{"type": "val", "bits_per_byte": {found}}}\n'
+            f'{{"type": "val", "bits_per_byte": 9.0}}\n{{"type": "val", "bits_per_byte": {found}, "step": 95}}\n'
         )
         assert f"{found:.3f} bits per byte at the end, {verdict}" in compare_with_expectation(tmp_path)
+        assert "slower" not in compare_with_expectation(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"type": "val", "bits_per_byte": 2.5, "step": 40}\n')
+    assert "the machine was slower than measured, 40 steps instead of 100" in compare_with_expectation(tmp_path)
 
 
 def test_with_a_preset_or_a_file_minutes_set_the_length_alone(text, tmp_path, slow_machine, never_measured):

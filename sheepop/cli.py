@@ -15,7 +15,7 @@ import typer
 from sheepop.utils.errors import SheepopError
 from sheepop.utils.files import full_disk_is_a_clear_error
 from sheepop.utils.logging import log
-from sheepop.utils.runtime import end_at_once_among_others, wait_politely
+from sheepop.utils.runtime import end_at_once_among_others, hide_remark_on_norms, wait_politely
 
 app = typer.Typer(
     name="sheepop",
@@ -381,6 +381,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     wait_politely()
+    hide_remark_on_norms()
     with end_at_once_among_others():
         run_guarded(lambda: app(args=[word for word in words if word != "--debug"], prog_name="sheepop"), debug=debug)
 

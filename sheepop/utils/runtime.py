@@ -6,6 +6,7 @@ import platform
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,11 @@ def wait_politely() -> None:
     training step sixteen times slower, instead of six (`docs/log.md`). The user's own setting is kept.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
+
+
+def hide_remark_on_norms() -> None:
+    """Do not show that RMSNorm of bf16 queries with fp32 weights is not fused: a CPU has no such kernel in any case."""
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
 
 
 def perf_counter_at_start() -> float:

@@ -147,10 +147,12 @@ class TransformerModel(nn.Module):
         One block is compiled, once, and serves all layers, so that compiling takes as long for a deep model as for a
         flat one. Dropout draws the same numbers as without. Shapes are fixed: another one is compiled anew.
         """
-        compiled = torch.compile(TransformerBlock.compute, dynamic=False, options={"fallback_random": True})
+        compiled = None
+        if on:  # else the compiler is not even imported, which takes as long as the rest of starting
+            compiled = torch.compile(TransformerBlock.compute, dynamic=False, options={"fallback_random": True})
         for block in self.blocks:
             assert isinstance(block, TransformerBlock)
-            block.compiled = compiled if on else None
+            block.compiled = compiled
 
     @property
     def device(self) -> torch.device:

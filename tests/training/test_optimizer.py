@@ -69,6 +69,7 @@ from sheepop.models.transformer import TransformerModel
 from sheepop.training.optimizer import make_optimizer
 config = load_config(preset="nano", overrides={{"training.optimizer": "{optimizer}", "model.qk_norm": True}})
 model = TransformerModel(config.model)
+model.compile_blocks(False)
 optimizer = make_optimizer(model, config.training)
 for _ in range(2):
     model(torch.zeros(1, 3, dtype=torch.int64)).sum().backward()

@@ -49,6 +49,10 @@ class ModelConfig(Section):
     )
     max_seq_len: PositiveInt = Field(256, description="longest context in tokens")
     dropout: Fraction = Field(0.1, description="share of activations dropped in training")
+    attention_dropout: Fraction | None = Field(
+        None,
+        description="share of attention weights dropped; null: as dropout; 0 keeps the fused kernel on a CPU",
+    )
     activation: Activation = Field("gelu", description="feed-forward non-linearity; swiglu and geglu are gated")
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="normalisation before each sub-layer")
     layer_norm_eps: float = Field(1e-5, gt=0, description="added to the variance in every norm")
@@ -82,6 +86,11 @@ class ModelConfig(Section):
     def is_gated(self) -> bool:
         """Whether the feed-forward multiplies its activation by a second projection."""
         return self.activation in GATED_ACTIVATIONS
+
+    @property
+    def dropped_attention(self) -> float:
+        """The share of attention weights dropped in training."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
 
     @property
     def trained_seq_len(self) -> float:

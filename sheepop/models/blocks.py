@@ -73,7 +73,7 @@ class MultiHeadAttention(nn.Module):
         self.layer = layer
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim, self.window = config.head_dim, config.sliding_window
-        self.dropout = config.dropout
+        self.dropout = config.dropped_attention
         heads = config.num_heads + 2 * config.num_kv_heads
         self.query_key_value = Linear(config.d_model, heads * config.head_dim, bias=config.bias)
         self.output = Linear(config.num_heads * config.head_dim, config.d_model, bias=config.bias)

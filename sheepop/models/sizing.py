@@ -92,7 +92,7 @@ def kv_cache_bytes(config: ModelConfig, batch_size: int, length: int, bytes_per_
 
 def is_attention_materialized(config: ModelConfig, *, on_gpu: bool) -> bool:
     """Say whether attention keeps its (T, T) weights: the readable one does, and on a CPU the fused one that drops."""
-    return config.attention == "reference" or (config.dropout > 0 and not on_gpu)
+    return config.attention == "reference" or (config.dropped_attention > 0 and not on_gpu)
 
 
 def layer_activation_bytes(
@@ -135,7 +135,7 @@ def layer_activation_bytes(
         attention += 4 * N * (H + K) * C if is_mixed else 0  # their fp32 copies
     if is_attention_materialized(config, on_gpu=on_gpu):
         if config.attention == "reference":
-            weights = e * (3 if config.dropout else 1) + (4 if is_mixed and on_gpu else 0)
+            weights = e * (3 if config.dropped_attention else 1) + (4 if is_mixed and on_gpu else 0)
             attention += 3 * e * N * H * C
         else:
             weights = 3 * 4  # softmax, what is dropped, and their product, in fp32 whatever the computing type

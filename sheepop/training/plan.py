@@ -89,12 +89,14 @@ class Times:
     """Measured seconds of what a run consists of.
 
     Attributes:
+        compiling: of the blocks, where that pays; 0 where they are not compiled.
         is_whole_step: whether whole steps were measured, or fewer sequences and the rest worked out.
         peak_flops: operations a second of the device at best.
         peak_bytes: most memory that was held meanwhile, or None.
     """
 
     step: float
+    compiling: float
     validation: float
     sample: float
     checkpoint: float
@@ -169,6 +171,7 @@ class Plan:
         if self.length is None or self.times is None:
             return None
         return {
+            "compiling": self.times.compiling,
             "steps": self.length.steps * self.times.step,
             "validations": self.length.validations * self.times.validation,
             "samples": self.length.samples * self.times.sample,
@@ -218,6 +221,7 @@ class Plan:
             },
             "seconds": {
                 "step": times and times.step,
+                "compiling": times and times.compiling,
                 "validation": times and times.validation,
                 "sample": times and times.sample,
                 "checkpoint": times and times.checkpoint,

@@ -96,6 +96,7 @@ def time_rows(plan: Plan) -> list[Row]:
     if times is None:
         return [("a step", "?", "not measured")]
     how = "measured" if times.is_whole_step else "from measured steps of fewer sequences"
+    how += ", compiled" if times.compiling else ""
     speed = plan.tokens_per_step / times.step
     share = plan.flops_per_token * speed / times.peak_flops
     rows = [
@@ -104,6 +105,8 @@ def time_rows(plan: Plan) -> list[Row]:
     ]
     if plan.length is not None and seconds is not None:
         length = plan.length
+        if times.compiling:
+            rows.append(("compiling", format_duration(seconds["compiling"]), "less where it was done before"))
         rows += [
             ("all steps", format_duration(seconds["steps"]), f"{length.steps} steps"),
             ("validations", format_duration(seconds["validations"]), f"{length.validations} times"),

@@ -12,6 +12,7 @@ from sheepop.data.corpus import Corpus
 from sheepop.models.sizing import count_parameters, training_flops_per_token, weight_bytes
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.batches import batch_loader
+from sheepop.training.compiling import decide_compiling
 from sheepop.training.dial import choose_settings, is_dial
 from sheepop.training.distributed import World
 from sheepop.training.length import LEAVING_SECONDS, measure_step, steps_in_seconds, time_checkpoint
@@ -116,7 +117,7 @@ def plan_with_text(plan: Plan, config: Config, corpus: Corpus, device: torch.dev
         steps = max(
             1,
             steps_in_seconds(
-                60 * config.training.max_minutes - STARTING_SECONDS - LEAVING_SECONDS,
+                60 * config.training.max_minutes - STARTING_SECONDS - LEAVING_SECONDS - times.compiling,
                 seconds_per_step=times.step,
                 seconds_per_pause=times.validation + times.sample + times.checkpoint,
                 eval_interval=config.training.eval_interval,
@@ -162,7 +163,12 @@ def measure(run: Run) -> Times:
     one = measure_step(run, limited(load, 1, length), seconds=0, at_least=1) * flops / sequence_flops(run, length)
     affordable = max(1, int(SECONDS / (STEPS_MEASURED + 1) / one))
     is_whole = affordable >= full
+    compiling = 0.0
     if is_whole:
+        began = time.perf_counter()
+        decide_compiling(run)  # as the run will; what is compiled here is kept for it
+        is_compiled = run.config.training.compile == "on"
+        compiling = time.perf_counter() - began if is_compiled else 0.0
         step = measure_step(run, load, seconds=SECONDS / 4, at_least=STEPS_MEASURED)
     else:
         rows = min(affordable, training.batch_size)
@@ -174,6 +180,7 @@ def measure(run: Run) -> Times:
     peak_bytes = measured_peak(run) if is_whole else None
     return Times(
         step=step,
+        compiling=compiling,
         validation=time_validation(run, seconds_per_sequence=step / full),
         sample=time_sample(run),
         checkpoint=time_checkpoint(run),

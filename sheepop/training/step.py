@@ -108,7 +108,7 @@ def train_step(
             return None
         # Dropout depends on where in training we are and on nothing else: not on what ran before, nor on which
         # process runs it.
-        if model.config.dropout:
+        if model.config.dropout or model.config.dropped_attention:
             torch.manual_seed(derive_seed(learner.config.seed, "dropout", step, batch.index))
         with gradient_exchange(learner.forward, learner.parallel, is_last=number == len(micro_batches)):
             loss = micro_batch_loss(learner, batch) / num_targets

@@ -63,6 +63,8 @@ VARIANTS = [
     ("classic", {"tie_weights": False, "num_kv_heads": 1, "head_dim": 6, "dropout": 0.0}),
     ("modern", {}),
     ("modern", {"dropout": 0.2}),
+    ("modern", {"dropout": 0.2, "attention_dropout": 0.0}),
+    ("classic", {"dropout": 0.0, "attention_dropout": 0.2}),
     ("modern", {"activation": "geglu", "positions": "none"}),
     ("modern", {"ngram_order": 4, "ngram_entries": 99}),
     ("modern", {"qk_norm": False, "num_heads": 5, "num_kv_heads": 5}),

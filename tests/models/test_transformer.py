@@ -169,6 +169,17 @@ def test_dropout_acts_in_training_only():
     assert not torch.allclose(model(ids()), model(ids()))
 
 
+@pytest.mark.parametrize(
+    ("dropout", "attention_dropout", "dropped"), [(0.0, None, 0.0), (0.3, None, 0.3), (0.3, 0.0, 0.0), (0.0, 0.3, 0.3)]
+)
+def test_dropout_of_attention_follows_the_other_unless_it_is_set(dropout, attention_dropout, dropped):
+    model = make(**CLASSIC | {"dropout": dropout, "attention_dropout": attention_dropout}).train()
+    assert {block.attention.dropout for block in model.blocks} == {dropped}
+    assert {block.dropout for block in model.blocks} == {dropout}
+    is_random = not torch.allclose(model(ids()), model(ids()))
+    assert is_random == (dropout + dropped > 0)
+
+
 def test_too_long_sequences_are_refused():
     with pytest.raises(ValueError, match="at most 11 tokens, not 12"):
         make(**CLASSIC)(ids(time=12))

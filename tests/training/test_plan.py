@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from sheepop.models.sizing import training_flops_per_token
 from sheepop.models.transformer import TransformerModel
 from sheepop.training import plan as planning
 from sheepop.training import rehearsal
+from sheepop.training.compiling import with_compiling
 from sheepop.training.plan import (
     changed,
     count_multiples,
@@ -72,7 +74,7 @@ def test_a_plan_agrees_with_the_run_that_follows(overrides, train_in, tmp_path):
     checkpoint = next(run.glob("checkpoint_step_*"))
     on_disk = sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors"))
     assert plan.checkpoint_bytes == pytest.approx(on_disk, rel=0.15)  # names and counters weigh in a tiny model
-    assert plan.seconds.keys() == {"steps", "validations", "samples", "checkpoints"}
+    assert plan.seconds.keys() == {"compiling", "steps", "validations", "samples", "checkpoints"}
 
 
 def test_planning_leaves_nothing_where_the_run_will_be(overrides, tmp_path):
@@ -206,10 +208,30 @@ def test_a_long_sequence_is_measured_by_its_beginning(overrides, monkeypatch):
 
 
 def test_a_time_budget_is_planned_as_steps_and_with_the_copy_to_measure_on(overrides):
-    overrides |= {"training.max_steps": None, "training.max_minutes": 3.0}
+    overrides |= {"training.max_steps": None, "training.max_minutes": 3.0, "training.compile": "off"}
     plan = make_plan(None, preset=None, overrides=overrides)
     assert plan.length.steps >= 1
     assert plan.memory.copy == plan.memory.tensors.weights
+
+
+def test_compiling_is_decided_as_the_run_will_and_its_time_counts(overrides, monkeypatch):
+    decided = []
+
+    def decide(run):
+        decided.append(run)
+        time.sleep(0.05)
+        run.config = with_compiling(run.config, "on")
+
+    overrides |= {"training.max_steps": None, "training.max_minutes": 0.5}
+    eager = make_plan(None, preset=None, overrides=overrides | {"training.compile": "off"})
+    assert eager.seconds["compiling"] == 0
+    assert "compil" not in format_plan(eager)
+    monkeypatch.setattr(rehearsal, "decide_compiling", decide)
+    plan = make_plan(None, preset=None, overrides=overrides)
+    assert len(decided) == 1
+    assert 0.05 <= plan.seconds["compiling"] < 1
+    assert plan.to_json()["seconds"]["compiling"] == plan.seconds["compiling"]
+    assert "measured, compiled" in format_plan(plan)
 
 
 def test_without_a_text_memory_is_planned_and_the_rest_is_said_to_be_missing(no_measuring):

@@ -73,8 +73,9 @@ def test_gradients_are_clipped_and_their_norm_is_told_unclipped(tiny_config, bar
     assert moved == pytest.approx(0.01 * (result.grad_norm if limit is None else limit), rel=1e-4)
 
 
-def test_dropout_depends_on_seed_step_and_micro_batch_alone(tiny_config, bare_run):
-    config = tiny_config(**{"model.dropout": 0.3})
+@pytest.mark.parametrize("setting", ["model.dropout", "model.attention_dropout"])
+def test_dropout_depends_on_seed_step_and_micro_batch_alone(tiny_config, bare_run, setting):
+    config = tiny_config(**{setting: 0.3})
     inputs, targets = rows()
 
     def loss(number, *, index=0, drawn_before=0):

@@ -26,19 +26,14 @@ from peers import nanogpt_nats, train_nanogpt_on
 from sheepop.data.corpus import open_corpus
 
 # Sizes and rates around what nanoGPT documents for small data; the first is the best of `--tune` (`docs/log.md`).
+SMALL = {"n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 16}
+FASTER = {"learning_rate": 2e-3, "min_lr": 2e-4}
 NANOGPT_SETTINGS: dict[str, dict[str, object]] = {
-    "6 x 256": {"n_layer": 6, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 16},
-    "6 x 384": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16},
-    "4 x 256": {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 16},
-    "6 x 256, rate 2e-3": {
-        "n_layer": 6,
-        "n_head": 4,
-        "n_embd": 256,
-        "block_size": 256,
-        "batch_size": 16,
-        "learning_rate": 2e-3,
-        "min_lr": 2e-4,
-    },
+    "4 x 256, rate 2e-3": {"n_layer": 4, **SMALL, **FASTER},
+    "4 x 256": {"n_layer": 4, **SMALL},
+    "6 x 256, rate 2e-3": {"n_layer": 6, **SMALL, **FASTER},
+    "6 x 256": {"n_layer": 6, **SMALL},
+    "6 x 384": {"n_layer": 6, **SMALL, "n_head": 6, "n_embd": 384},
 }
 TIMED_STEPS = 25
 

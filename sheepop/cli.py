@@ -376,6 +376,30 @@ def report(run: Annotated[Path, typer.Argument(help="the run's folder")]) -> Non
     print(write_report(run))
 
 
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option(help="the folder to write")],
+    format: Annotated[str, typer.Option(help="hf: a folder that transformers loads")] = "hf",  # noqa: A002
+) -> None:
+    """Write a model for other engines, and prove that it computes the same there."""
+    from sheepop.interop.convert import export_model
+
+    export_model(checkpoint, output, file_format=format)
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="a Hugging Face folder, or a .bin model of llama2.c")],
+    output: Annotated[Path, typer.Option(help="the checkpoint to write")],
+    tokenizer: Annotated[Path | None, typer.Option(help="PATH of a tokenizer, in place of the model's own")] = None,
+) -> None:
+    """Turn a model that was trained elsewhere into a checkpoint that every command takes."""
+    from sheepop.interop.convert import import_model
+
+    import_model(source, output, tokenizer=tokenizer)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the program and exit with the contract's status; `--debug` anywhere shows the trace of an error."""
     words = list(sys.argv[1:] if arguments is None else arguments)

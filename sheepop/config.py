@@ -67,11 +67,17 @@ class ModelConfig(Section):
     ngram_entries: PositiveInt = Field(
         16384, description="most rows of each table of such groups; where there are more groups they share rows"
     )
+    rotary_dim: Annotated[int, Field(ge=0)] = Field(
+        0, description="numbers of each head that rotary positions turn, the first ones; 0: all of head_dim"
+    )
     rope_theta: float = Field(10000.0, gt=1, description="base of the rotary wavelengths")
     rope_scaling: Literal["none", "linear", "ntk", "yarn"] = Field(
         "none", description="how rotary positions are stretched to contexts longer than trained"
     )
     rope_scaling_factor: float = Field(1.0, ge=1, description="how many times longer than the trained context")
+    parallel_residual: bool = Field(
+        False, description="attention and feed-forward read the same stream and are added together, as in GPT-NeoX"
+    )
     qk_norm: bool = Field(False, description="RMS-normalise queries and keys of each head")
     sliding_window: Derived = Field(0, description="each token sees this many tokens back, itself included; 0: all")
     attention: Literal["optimized", "reference"] = Field(
@@ -91,6 +97,11 @@ class ModelConfig(Section):
     def dropped_attention(self) -> float:
         """The share of attention weights dropped in training."""
         return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
+    def turned_dim(self) -> int:
+        """The numbers of each head that rotary positions turn."""
+        return self.rotary_dim or self.head_dim
 
     @property
     def trained_seq_len(self) -> float:
@@ -119,6 +130,10 @@ class ModelConfig(Section):
                 f"rotary positions turn pairs of numbers, so head_dim ({self.head_dim}) must be even; "
                 "change d_model or num_heads, or choose positions 'learned'"
             )
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ValueError(f"rotary_dim ({self.rotary_dim}) must be even and at most head_dim ({self.head_dim})")
+        if self.rotary_dim and self.positions != "rotary":
+            raise ValueError(f"rotary_dim ({self.rotary_dim}) needs positions 'rotary', not '{self.positions}'")
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(f"sinusoidal positions need an even d_model, not {self.d_model}")
         if self.rope_scaling != "none" and self.positions != "rotary":

@@ -5,7 +5,6 @@ It is used where a time budget is all that was given: with a file or a preset, m
 
 import json
 import time
-import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,9 +96,12 @@ def explain(choice: Choice, text: TextFacts, machine: MachineFacts) -> list[str]
     low, high = choice.bits_per_byte / choice.margin, choice.bits_per_byte * choice.margin
     named = {"char": "characters", "bpe": "byte-level BPE", "word": "words"}.get(tokenizer.name, "its own tokenizer")
     why_tokens = "the text is prepared" if text.is_prepared else "lowest expected loss that the text can fill"
-    rereading = f"dropout {config.model.dropout:g}" + (
-        ", or it would learn the text by heart" if config.model.dropout else ": it will not learn the text by heart"
-    )
+    rereading = "no dropout: it will not learn the text by heart"
+    if config.model.dropout:
+        rereading = (
+            f"dropout {config.model.dropout:g} and {config.training.token_noise:g} of the tokens replaced, or it would "
+            "learn the text by heart"
+        )
     return [
         f"measured: {format_count(text.train_bytes)} bytes to train on; {speeds} inside of products, "
         f"{machine.overhead * 1000:.2g} ms of calls a layer on {machine.device}",
@@ -230,11 +232,9 @@ PROBED_VOCABULARY, PROBED_CONTEXT = 512, 128
 def measure_machine(device: torch.device, *, seconds: float, num_processes: int = 1) -> MachineFacts:
     """Return how fast training is on the device, from real steps of a few sizes, in about so many seconds."""
     probes = PROBES.get(device.type, PROBES["other"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's remarks on kernels, once a process; they are not about this run
-        measured = [
-            time_probe(width, layers, tokens, device, seconds=seconds / len(probes)) for width, layers, tokens in probes
-        ]
+    measured = [
+        time_probe(width, layers, tokens, device, seconds=seconds / len(probes)) for width, layers, tokens in probes
+    ]
     return fit_machine(measured, device=str(device), memory=available_bytes(device), num_processes=num_processes)
 
 

@@ -201,6 +201,7 @@ def train(
     device: Device = None,
     seed: Annotated[int | None, typer.Option(help="seed of every random choice")] = None,
     minutes: Annotated[float | None, typer.Option(help=MINUTES)] = None,
+    init_from: Annotated[Path | None, typer.Option(help="begin with the model of this checkpoint or run")] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="show where the time of some steps goes, with a trace in RUN/profile")
     ] = False,
@@ -217,6 +218,7 @@ def train(
         "device": device,
         "seed": seed,
         "training.max_minutes": minutes,
+        "training.init_from": init_from and str(init_from),
     }
     overrides = parse_overrides(context.args) | {key: value for key, value in named.items() if value is not None}
     run = start_run(

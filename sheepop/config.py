@@ -210,6 +210,10 @@ class TrainingConfig(Section):
         6.0, gt=0, description="a loss so many standard deviations above the mean of the last 128 steps is a spike"
     )
     max_skipped_steps: PositiveInt = Field(10, description="steps left out in a row before the run ends")
+    init_from: str | None = Field(
+        None,
+        description="checkpoint whose model the run begins with, with its settings and tokenizer; null: a new one",
+    )
     save_dir: str = Field("checkpoints", min_length=1, description="the run's folder")
     save_interval: PositiveInt | None = Field(None, description="steps between extra checkpoints; null: epochs only")
     keep_last: PositiveInt = Field(

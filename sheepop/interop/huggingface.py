@@ -24,6 +24,7 @@ from sheepop.models.pretrained import (
     save_tensors,
     stored_weights,
 )
+from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel, inference
 from sheepop.utils.errors import CheckpointError, ConfigError
 from sheepop.utils.files import atomic_folder, read_json, write_json
@@ -32,6 +33,7 @@ from sheepop.utils.logging import log
 INDEX_FILE = "model.safetensors.index.json"
 PROOF_TEXT = "The proof of the pudding is in the eating: 3 cups of flour, Σ x² ≥ 0, naïve café.\n"
 PROOF_TOKENS = 64
+LONGEST = 2**24  # tokens of a context; a file that says more is damaged
 # Of logits in fp32, over their largest absolute value; two orders above what another order of sums makes.
 TOLERANCE = 1e-4
 
@@ -217,13 +219,20 @@ def settings_from(
         head = next((name for name in ("lm_head.weight", "embed_out.weight") if name in weights), None)
         is_tied = theirs.get("tie_word_embeddings", stock.model_types[0] == "gpt2")
         ours |= {"vocab_size": theirs.get("vocab_size"), "tie_weights": bool(is_tied) or head is None}
-        return parse_config({"model": ours}, source=f"{source}/{CONFIG_FILE}").model
+        model = parse_config({"model": ours}, source=f"{source}/{CONFIG_FILE}").model
     except ConfigError as error:
         raise CheckpointError(f"The model's settings cannot be used. {error}") from None
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{source}/{CONFIG_FILE} is not the settings of a model ({error}).") from None
+    stored = sum(tensor.numel() for tensor in weights.values())
+    if count_parameters(model).total > 2 * stored or model.max_seq_len > LONGEST:  # up to half may be absent biases
+        raise CheckpointError(
+            f"{source} does not fit its own settings: they ask for {count_parameters(model).total} weights, of which there "
+            f"are {stored}, and a context of {model.max_seq_len} tokens."
+        )
+    return model
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -148,8 +148,8 @@ def rope_from(theirs: Mapping[str, Any], *, theta: object = 10000.0, share: obje
             settings["max_seq_len"] = round(factor * trained)
         elif kind == "yarn" and trained is not None and not math.isclose(trained * factor, length):
             raise CheckpointError(
-                f"The model's context of {length} tokens is not {factor:g} times the {trained} that it was trained with, "
-                "which sheepop cannot express."
+                f"The model's context of {length} tokens is not {factor:g} times the {trained} that it was trained "
+                "with, which sheepop cannot express."
             )
     elif kind != "default":
         raise CheckpointError(f"The model's rotary positions are scaled by '{kind}'; known are linear and yarn.")

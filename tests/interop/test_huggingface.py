@@ -1,6 +1,8 @@
 """Models there and back, compared by running `transformers` itself."""
 
+import contextlib
 import json
+import random
 import subprocess
 import sys
 
@@ -113,7 +115,11 @@ INEXPRESSIBLE = [
     ("modern", {"ngram_order": 3}, r"model\.ngram_order is 3"),
     ("classic", {"qk_norm": True}, r"for GPTNeoXForCausalLM model\.qk_norm is true, not false"),
     ("modern", {"positions": "none"}, r"model\.positions is none, not rotary"),
-    ("modern", {"bias": True}, r"for LlamaForCausalLM model\.qk_norm is true, not false; for Qwen3ForCausalLM model\.bias is true, not false"),
+    (
+        "modern",
+        {"bias": True},
+        r"for LlamaForCausalLM model\.qk_norm is true, not false; for Qwen3ForCausalLM model\.bias is true, not false",
+    ),
     ("modern", {"rotary_dim": 4}, r"model\.rotary_dim is 4, not head_dim"),
     ("classic", {"activation": "swiglu"}, r"model\.activation is swiglu"),
     ("classic", GPT2 | {"num_kv_heads": 2}, r"for GPT2LMHeadModel model\.num_kv_heads is 2, not 4"),
@@ -234,6 +240,41 @@ def test_what_cannot_be_imported_is_named_and_leaves_nothing(tmp_path, checkpoin
     with pytest.raises(CheckpointError, match=message):
         import_model(tmp_path / "hf", tmp_path / "back", tokenizer=None)
     assert not (tmp_path / "back").exists()
+
+
+STRANGE = [None, True, "x", "", -1, 0, 1, 3, 2**40, 10**30, 0.5, -1e300, [], [1], {}, {"rope_type": "yarn"}]
+
+
+def test_damaged_files_are_one_kind_of_error(tmp_path, checkpoint):
+    """300 mutations each of the settings and of the bytes of the weights."""
+    export_model(checkpoint("modern"), tmp_path / "hf", file_format="hf")
+    numbers = random.Random(8)
+    path = tmp_path / "hf/config.json"
+    good = json.loads(path.read_text())
+    spoiled = []
+    for _ in range(300):
+        changed = dict(good)
+        for key in numbers.sample(sorted(good), numbers.randint(1, 3)):
+            if numbers.random() < 0.2:
+                del changed[key]
+            else:
+                changed[key] = numbers.choice(STRANGE)
+        spoiled.append((path, json.dumps(changed).encode()))
+    weights = tmp_path / "hf/model.safetensors"
+    whole = weights.read_bytes()
+    for number in range(300):
+        content = bytearray(whole)
+        for _ in range(numbers.randint(1, 4)):
+            content[numbers.randrange(1200)] = numbers.randrange(256)
+        if number % 5 == 0:
+            del content[numbers.randrange(len(content)) :]
+        spoiled.append((weights, bytes(content)))
+    for number, (file, content) in enumerate(spoiled):
+        before = file.read_bytes()
+        file.write_bytes(content)
+        with contextlib.suppress(CheckpointError):
+            import_model(tmp_path / "hf", tmp_path / f"back{number}", tokenizer=None)
+        file.write_bytes(before)
 
 
 def test_pickles_are_not_read(tmp_path, checkpoint):

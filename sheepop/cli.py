@@ -392,7 +392,7 @@ def export(
 
 @app.command(name="import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="a Hugging Face folder, or a .bin model of llama2.c")],
+    source: Annotated[Path, typer.Argument(help="a Hugging Face folder, a .bin of llama2.c, or a .pt of nanoGPT")],
     output: Annotated[Path, typer.Option(help="the checkpoint to write")],
     tokenizer: Annotated[Path | None, typer.Option(help="PATH of a tokenizer, in place of the model's own")] = None,
 ) -> None:

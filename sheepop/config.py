@@ -314,7 +314,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object | Callable[[Mapping[str, 
             "num_kv_heads": lambda model: model["num_heads"] // 2 if model["num_heads"] % 2 == 0 else 0,
         },
     },
-    # What `sheepop demo` trains: small enough to see many words in two minutes on two cores.
+    # Small enough to see many words in two minutes on two cores; `sheepop demo` itself asks the dial.
     "demo": {
         "model": {
             "vocab_size": 4096,

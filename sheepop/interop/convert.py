@@ -5,6 +5,7 @@ from pathlib import Path
 from sheepop.interop.huggingface import export_huggingface, import_huggingface
 from sheepop.interop.imported import refuse_to_replace
 from sheepop.interop.llama2c import import_llama2c
+from sheepop.interop.nanogpt import import_nanogpt
 from sheepop.models.pretrained import CONFIG_FILE
 from sheepop.utils.errors import CheckpointError, ConfigError
 
@@ -34,11 +35,13 @@ def import_model(source: Path, output: Path, *, tokenizer: Path | None) -> None:
     refuse_to_replace(output)
     if source.is_file() and source.suffix == ".bin":
         import_llama2c(source, output, tokenizer)
+    elif source.is_file() and source.suffix == ".pt":
+        import_nanogpt(source, output, tokenizer)
     elif (source / CONFIG_FILE).is_file():
         import_huggingface(source, output, tokenizer)
     else:
         kind = "is of no known kind" if source.exists() else "does not exist"
         raise CheckpointError(
             f"{source} {'holds no config.json' if source.is_dir() else kind}. Name a Hugging Face folder (config.json, "
-            "model.safetensors, tokenizer.json), or a model of llama2.c (.bin)."
+            "model.safetensors, tokenizer.json), a model of llama2.c (.bin) or of nanoGPT (.pt)."
         )

@@ -229,8 +229,8 @@ def settings_from(
     stored = sum(tensor.numel() for tensor in weights.values())
     if count_parameters(model).total > 2 * stored or model.max_seq_len > LONGEST:  # up to half may be absent biases
         raise CheckpointError(
-            f"{source} does not fit its own settings: they ask for {count_parameters(model).total} weights, of which there "
-            f"are {stored}, and a context of {model.max_seq_len} tokens."
+            f"{source} does not fit its own settings: they ask for {count_parameters(model).total} weights, of which "
+            f"there are {stored}, and a context of {model.max_seq_len} tokens."
         )
     return model
 

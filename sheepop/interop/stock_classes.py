@@ -223,8 +223,8 @@ def gpt2_settings_from(theirs: Mapping[str, Any]) -> Settings:
     }
 
 
-def gpt2_moves(model: ModelConfig) -> list[Move]:
-    """GPT-2 keeps the matrices inside of blocks the other way round."""
+def gpt2_moves(model: ModelConfig, matrix: Callable[[str, str], Move] = transposed) -> list[Move]:
+    """GPT-2 keeps the matrices inside of blocks the other way round; nanoGPT does not."""
     moves = [
         same("token_embedding.weight", "transformer.wte.weight"),
         same("position_embedding.weight", "transformer.wpe.weight"),
@@ -234,11 +234,11 @@ def gpt2_moves(model: ModelConfig) -> list[Move]:
     for layer in range(model.num_layers):
         ours, theirs = f"blocks.{layer}", f"transformer.h.{layer}"
         moves += linear(same, f"{ours}.attention_norm", f"{theirs}.ln_1")
-        moves += linear(transposed, f"{ours}.attention.query_key_value", f"{theirs}.attn.c_attn")
-        moves += linear(transposed, f"{ours}.attention.output", f"{theirs}.attn.c_proj")
+        moves += linear(matrix, f"{ours}.attention.query_key_value", f"{theirs}.attn.c_attn")
+        moves += linear(matrix, f"{ours}.attention.output", f"{theirs}.attn.c_proj")
         moves += linear(same, f"{ours}.feed_forward_norm", f"{theirs}.ln_2")
-        moves += linear(transposed, f"{ours}.feed_forward.input", f"{theirs}.mlp.c_fc")
-        moves += linear(transposed, f"{ours}.feed_forward.output", f"{theirs}.mlp.c_proj")
+        moves += linear(matrix, f"{ours}.feed_forward.input", f"{theirs}.mlp.c_fc")
+        moves += linear(matrix, f"{ours}.feed_forward.output", f"{theirs}.mlp.c_proj")
     return moves
 
 

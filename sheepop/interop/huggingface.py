@@ -134,9 +134,10 @@ def prove(folder: Path, model: TransformerModel, tokenizer: Tokenizer) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as their_logging
 
-    their_logging.set_verbosity_error()
-    their_logging.disable_progress_bar()
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    their_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    their_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs.train(False)
     their_ids = AutoTokenizer.from_pretrained(folder)(PROOF_TEXT, add_special_tokens=False)["input_ids"]
     own_ids = tokenizer.encode(PROOF_TEXT)
     if their_ids != own_ids:
@@ -248,7 +249,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         hint = " Its pytorch_model.bin is a pickle, which may run code; convert it to safetensors." * has_pickle
         raise CheckpointError(f"There is no {WEIGHTS_FILE} in {folder}.{hint}")
     parts = read_json(folder / INDEX_FILE, CheckpointError).get("weight_map")
-    names = list(parts.values()) if isinstance(parts, dict) else [None]
+    names: list[Any] = list(parts.values()) if isinstance(parts, dict) else [None]
     if not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise CheckpointError(f"{folder / INDEX_FILE} does not name the files of a model.")
     weights: dict[str, Tensor] = {}

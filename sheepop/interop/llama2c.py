@@ -84,9 +84,8 @@ def read_model(file: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     for name, shape in parts:
         size = int(np.prod(shape))
         found[name], numbers = torch.from_numpy(numbers[:size].astype(np.float32).reshape(shape)), numbers[size:]
-    weights = {
-        name: found[name] for name in ("token_embedding.weight", "final_norm.weight", "head.weight") if name in found
-    }
+    whole = ("token_embedding.weight", "final_norm.weight", "head.weight")
+    weights: dict[str, Tensor] = {name: found[name] for name in whole if name in found}
     for layer in range(layers):
         block = f"blocks.{layer}"
         weights[f"{block}.attention.query_key_value.weight"] = torch.cat(

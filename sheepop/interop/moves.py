@@ -47,7 +47,7 @@ def transposed(ours: str, theirs: str) -> Move:
 
 def parted(ours: str, theirs: tuple[str, ...], sizes: tuple[int, ...]) -> Move:
     """Return the move of a matrix or bias whose rows are several weights elsewhere, of so many rows each."""
-    return Move(ours, theirs, lambda tensor: tensor.split(sizes), torch.cat)
+    return Move(ours, theirs, lambda tensor: torch.split(tensor, list(sizes)), torch.cat)
 
 
 def linear(move: Callable[..., Move], ours: str, theirs: str | tuple[str, ...], *arguments: object) -> Iterator[Move]:
@@ -67,7 +67,7 @@ def reordered(move: Move, config: ModelConfig, num_heads: int) -> Move:
     rows = num_heads * width
 
     def in_order(tensor: Tensor, order: Tensor) -> Tensor:
-        heads = tensor[:rows].unflatten(0, (num_heads, width))[:, order].flatten(0, 1)
+        heads = tensor[:rows].view(num_heads, width, *tensor.shape[1:])[:, order].flatten(0, 1)
         return torch.cat((heads, tensor[rows:]))
 
     return Move(
@@ -84,8 +84,8 @@ def interleaved(ours: str, theirs: str, config: ModelConfig) -> Move:
     return Move(
         ours,
         (theirs,),
-        lambda tensor: (tensor.unflatten(0, (3, heads, width)).transpose(0, 1).flatten(0, 2),),
-        lambda tensors: tensors[0].unflatten(0, (heads, 3, width)).transpose(0, 1).flatten(0, 2),
+        lambda tensor: (tensor.view(3, heads, width, *tensor.shape[1:]).transpose(0, 1).flatten(0, 2),),
+        lambda tensors: tensors[0].view(heads, 3, width, *tensors[0].shape[1:]).transpose(0, 1).flatten(0, 2),
     )
 
 

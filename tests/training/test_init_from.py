@@ -73,7 +73,7 @@ def test_plain_text_is_read_with_the_vocabulary_of_the_other(tmp_path, train_in,
 
 def test_another_vocabulary_or_model_is_refused(tmp_path, train_in, begin, many_documents):
     first = train_in(tmp_path / "first", **{"training.max_steps": 1})
-    with pytest.raises(CheckpointError, match=r"prepared with another vocabulary .* --tokenizer "):
+    with pytest.raises(CheckpointError, match=r"prepared with another vocabulary .*--tokenizer "):
         begin("second", first, data=many_documents)
     with pytest.raises(SheepopError, match="does not fit the model"):
         begin("third", first, **{"model.d_ff": 31})

@@ -201,6 +201,7 @@ def train(
     device: Device = None,
     seed: Annotated[int | None, typer.Option(help="seed of every random choice")] = None,
     minutes: Annotated[float | None, typer.Option(help=MINUTES)] = None,
+    init_from: Annotated[Path | None, typer.Option(help="begin with the model of this checkpoint or run")] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="show where the time of some steps goes, with a trace in RUN/profile")
     ] = False,
@@ -217,6 +218,7 @@ def train(
         "device": device,
         "seed": seed,
         "training.max_minutes": minutes,
+        "training.init_from": init_from and str(init_from),
     }
     overrides = parse_overrides(context.args) | {key: value for key, value in named.items() if value is not None}
     run = start_run(
@@ -374,6 +376,30 @@ def report(run: Annotated[Path, typer.Argument(help="the run's folder")]) -> Non
     from sheepop.evaluation.report import write_report
 
     print(write_report(run))
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option(help="the folder to write")],
+    format: Annotated[str, typer.Option(help="hf: a folder that transformers loads")] = "hf",  # noqa: A002
+) -> None:
+    """Write a model for other engines, and prove that it computes the same there."""
+    from sheepop.interop.convert import export_model
+
+    export_model(checkpoint, output, file_format=format)
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="a Hugging Face folder, a .bin of llama2.c, or a .pt of nanoGPT")],
+    output: Annotated[Path, typer.Option(help="the checkpoint to write")],
+    tokenizer: Annotated[Path | None, typer.Option(help="PATH of a tokenizer, in place of the model's own")] = None,
+) -> None:
+    """Turn a model that was trained elsewhere into a checkpoint that every command takes."""
+    from sheepop.interop.convert import import_model
+
+    import_model(source, output, tokenizer=tokenizer)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -67,11 +67,17 @@ class ModelConfig(Section):
     ngram_entries: PositiveInt = Field(
         16384, description="most rows of each table of such groups; where there are more groups they share rows"
     )
+    rotary_dim: Annotated[int, Field(ge=0)] = Field(
+        0, description="numbers of each head that rotary positions turn, the first ones; 0: all of head_dim"
+    )
     rope_theta: float = Field(10000.0, gt=1, description="base of the rotary wavelengths")
     rope_scaling: Literal["none", "linear", "ntk", "yarn"] = Field(
         "none", description="how rotary positions are stretched to contexts longer than trained"
     )
     rope_scaling_factor: float = Field(1.0, ge=1, description="how many times longer than the trained context")
+    parallel_residual: bool = Field(
+        False, description="attention and feed-forward read the same stream and are added together, as in GPT-NeoX"
+    )
     qk_norm: bool = Field(False, description="RMS-normalise queries and keys of each head")
     sliding_window: Derived = Field(0, description="each token sees this many tokens back, itself included; 0: all")
     attention: Literal["optimized", "reference"] = Field(
@@ -91,6 +97,11 @@ class ModelConfig(Section):
     def dropped_attention(self) -> float:
         """The share of attention weights dropped in training."""
         return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
+    def turned_dim(self) -> int:
+        """The numbers of each head that rotary positions turn."""
+        return self.rotary_dim or self.head_dim
 
     @property
     def trained_seq_len(self) -> float:
@@ -119,6 +130,10 @@ class ModelConfig(Section):
                 f"rotary positions turn pairs of numbers, so head_dim ({self.head_dim}) must be even; "
                 "change d_model or num_heads, or choose positions 'learned'"
             )
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ValueError(f"rotary_dim ({self.rotary_dim}) must be even and at most head_dim ({self.head_dim})")
+        if self.rotary_dim and self.positions != "rotary":
+            raise ValueError(f"rotary_dim ({self.rotary_dim}) needs positions 'rotary', not '{self.positions}'")
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(f"sinusoidal positions need an even d_model, not {self.d_model}")
         if self.rope_scaling != "none" and self.positions != "rotary":
@@ -195,6 +210,10 @@ class TrainingConfig(Section):
         6.0, gt=0, description="a loss so many standard deviations above the mean of the last 128 steps is a spike"
     )
     max_skipped_steps: PositiveInt = Field(10, description="steps left out in a row before the run ends")
+    init_from: str | None = Field(
+        None,
+        description="checkpoint whose model the run begins with, with its settings and tokenizer; null: a new one",
+    )
     save_dir: str = Field("checkpoints", min_length=1, description="the run's folder")
     save_interval: PositiveInt | None = Field(None, description="steps between extra checkpoints; null: epochs only")
     keep_last: PositiveInt = Field(
@@ -295,7 +314,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, object | Callable[[Mapping[str, 
             "num_kv_heads": lambda model: model["num_heads"] // 2 if model["num_heads"] % 2 == 0 else 0,
         },
     },
-    # What `sheepop demo` trains: small enough to see many words in two minutes on two cores.
+    # Small enough to see many words in two minutes on two cores; `sheepop demo` itself asks the dial.
     "demo": {
         "model": {
             "vocab_size": 4096,

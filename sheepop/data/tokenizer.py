@@ -70,10 +70,13 @@ class Tokenizer:
         self._backend = backend
         self._characters_encoded = 0
         self._layout = json.loads(backend.to_str())
-        end = next((name for name in KNOWN_END_TOKENS if backend.token_to_id(name) is not None), None)
+        known = [name for name in KNOWN_END_TOKENS if backend.token_to_id(name) is not None]
+        special = {added["content"] for added in self._layout["added_tokens"] if added["special"]}
+        end = next((name for name in known if name in special), next(iter(known), None))
         if end is None:
             raise DataError(f"The tokenizer has no token that ends a text, none of {', '.join(KNOWN_END_TOKENS)}.")
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        self.end_of_text = end
         self.end_of_text_id: int = vocabulary[end]
         self.vocab_size: int = max(vocabulary.values()) + 1  # imported numbers may have gaps
 

@@ -145,6 +145,7 @@ class TransformerBlock(nn.Module):
         self.feed_forward_norm = make_norm(config, config.d_model)
         self.feed_forward = FeedForward(config)
         self.dropout = config.dropout
+        self.is_parallel = config.parallel_residual
         self.recomputes = False
         self.compiled: Callable[[TransformerBlock, Tensor, Context], Tensor] | None = None
 
@@ -159,5 +160,6 @@ class TransformerBlock(nn.Module):
     def compute(self, hidden: Tensor, context: Context) -> Tensor:
         """Do what `forward` does, without asking how."""
         dropout = self.dropout if self.training else 0.0
-        hidden = hidden + drop(self.attention(self.attention_norm(hidden), context), dropout)
-        return hidden + drop(self.feed_forward(self.feed_forward_norm(hidden)), dropout)
+        attended = hidden + drop(self.attention(self.attention_norm(hidden), context), dropout)
+        read = hidden if self.is_parallel else attended  # Wang and Komatsuzaki 2021 (GPT-J)
+        return attended + drop(self.feed_forward(self.feed_forward_norm(read)), dropout)

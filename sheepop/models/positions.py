@@ -28,17 +28,18 @@ def sinusoidal_table(length: int, d_model: int) -> Tensor:
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Return the (head_dim/2,) radians that each pair turns per token, and the factor on the rotated vectors.
+    """Return the (R/2,) radians that each pair turns per token, and the factor on the rotated vectors.
 
-    Su et al. 2021 (RoFormer): frequency i is theta^(-2i/C). Scalings to contexts `s` times longer than trained:
+    Su et al. 2021 (RoFormer): frequency i is theta^(-2i/R), where R is `turned_dim`. Scalings to contexts `s` times
+    longer than trained:
 
     - linear (Chen et al. 2023): all frequencies divided by s;
-    - ntk (bloc97 2023): theta grown to theta * s^(C/(C-2)), so that the slowest pair is divided by s and the
+    - ntk (bloc97 2023): theta grown to theta * s^(R/(R-2)), so that the slowest pair is divided by s and the
       fastest hardly changes;
     - yarn (Peng et al. 2023): slow pairs divided by s, fast ones left, a ramp between, and attention
       sharpened by 0.1 ln s + 1 on queries and keys each.
     """
-    width, scale = config.head_dim, config.rope_scaling_factor
+    width, scale = config.turned_dim, config.rope_scaling_factor
     theta = config.rope_theta
     if config.rope_scaling == "ntk" and width > 2:
         theta *= scale ** (width / (width - 2))
@@ -60,10 +61,15 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 def rotary_table(config: ModelConfig, length: int) -> Tensor:
-    """Return the cosine and sine of each pair's angle at each position, (length, C/2, 2), for `apply_rotary`."""
+    """Return the cosine and sine of each pair's angle at each position, (length, C/2, 2), for `apply_rotary`.
+
+    The pairs behind `turned_dim` stay where they are, which is to be turned by nothing.
+    """
     frequencies, factor = rotary_frequencies(config)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies  # (T, C/2)
-    return (torch.stack((angles.cos(), angles.sin()), dim=-1) * factor).float()
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies  # (T, R/2)
+    turned = torch.stack((angles.cos(), angles.sin()), dim=-1) * factor
+    still = torch.tensor((1.0, 0.0)).expand(length, (config.head_dim - config.turned_dim) // 2, 2)
+    return torch.cat((turned, still), dim=1).float()
 
 
 def apply_rotary(vectors: Tensor, table: Tensor) -> Tensor:

@@ -233,8 +233,8 @@ def read_state(checkpoint: Path) -> TrainingState:
         raise CheckpointError(f"{checkpoint / STATE_FILE} is not a training state of sheepop: {error}.") from None
 
 
-def restore(checkpoint: Path, model: TransformerModel, optimizer: torch.optim.Optimizer) -> None:
-    """Fill model and optimizer from a checkpoint that `find_resume` has verified, sharded or not on either side.
+def restore_weights(checkpoint: Path, model: TransformerModel) -> None:
+    """Fill a model, sharded or not, from a checkpoint whose sums were compared.
 
     Raises:
         CheckpointError: the checkpoint belongs to a different model.
@@ -242,13 +242,23 @@ def restore(checkpoint: Path, model: TransformerModel, optimizer: torch.optim.Op
     parameters = dict(model.named_parameters())
     if not any(map(is_sharded, parameters.values())):
         load_weights(model, checkpoint)
-    else:
-        weights = read_tensors(checkpoint / WEIGHTS_FILE)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                if name not in weights or weights[name].shape != parameter.shape:
-                    raise CheckpointError(f"The checkpoint {checkpoint} does not fit the model: '{name}' differs.")
-                parameter.copy_(as_placed(weights[name], parameter))
+        return
+    weights = read_tensors(checkpoint / WEIGHTS_FILE)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name not in weights or weights[name].shape != parameter.shape:
+                raise CheckpointError(f"The checkpoint {checkpoint} does not fit the model: '{name}' differs.")
+            parameter.copy_(as_placed(weights[name], parameter))
+
+
+def restore(checkpoint: Path, model: TransformerModel, optimizer: torch.optim.Optimizer) -> None:
+    """Fill model and optimizer from a checkpoint that `find_resume` has verified, sharded or not on either side.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to a different model.
+    """
+    restore_weights(checkpoint, model)
+    parameters = dict(model.named_parameters())
     if (checkpoint / SHARDED_FOLDER).is_dir():
         moments = read_sharded(checkpoint / SHARDED_FOLDER, parameters)
     else:

@@ -16,7 +16,7 @@ from sheepop.utils.logging import log
 
 
 def run_demo(output: Path, *, minutes: float, device: str, data_dir: Path = Path("data")) -> Path:
-    """Train the demo's model for `minutes`, show what it writes, and return the run's folder.
+    """Train the model that the dial chooses for `minutes`, show what it writes, and return the run's folder.
 
     A folder that already holds a run is left alone; the demo takes the next free name.
     """
@@ -28,9 +28,12 @@ def run_demo(output: Path, *, minutes: float, device: str, data_dir: Path = Path
         "data.data_dir": str(data_dir),
         "training.save_dir": str(run),
         "training.max_minutes": minutes,
+        "training.sample_prompt": "ROMEO:\n",
+        "training.sample_tokens": 70,
+        "data.val_fraction": 0.05,
         "device": device,
     }
-    start_run(None, preset="demo", overrides=overrides, resume=None)
+    start_run(None, preset=None, overrides=overrides, resume=None)
     checkpoint = resolve_checkpoint(run)
     scores = evaluate_checkpoint(checkpoint, None, device=device)
     report = write_report(run)

@@ -134,8 +134,8 @@ def plan_with_text(plan: Plan, config: Config, corpus: Corpus, device: torch.dev
 def rehearse_libraries(config: Config, device: torch.device, precision: Precision) -> None:
     """Make a step of a tiny model of the same kind, so that libraries load what they load at their first use."""
     length = min(config.data.max_length, REHEARSED)
-    sizes = {"vocab_size": REHEARSED, "d_model": REHEARSED, "d_ff": REHEARSED, "max_seq_len": length, "head_dim": 16}
-    heads = {"num_layers": 1, "num_heads": 2, "num_kv_heads": 2 if config.model.num_heads % 2 else 1}
+    sizes = {"vocab_size": REHEARSED, "d_model": REHEARSED, "d_ff": REHEARSED, "max_seq_len": length, "num_layers": 1}
+    heads = {"num_heads": 2, "num_kv_heads": 2 if config.model.num_heads % 2 else 1, "head_dim": 16, "rotary_dim": 0}
     settings: dict[str, object] = {f"model.{key}": value for key, value in {**sizes, **heads}.items()}
     tiny = changed(config, settings | {"data.max_length": length, "data.stride": length})
     model = TransformerModel(tiny.model).to(device)

@@ -11,11 +11,16 @@ from sheepop.data.corpus import Corpus, open_corpus
 from sheepop.data.packing import PackingPlan, open_plan
 from sheepop.data.prepare import prepare_on_the_way
 from sheepop.data.sampler import Sampler
-from sheepop.data.tokenizer import Tokenizer
-from sheepop.models.pretrained import checkpoints_of, read_settings
+from sheepop.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from sheepop.models.pretrained import (
+    checkpoints_of,
+    read_settings,
+    resolve_checkpoint,
+    verify_manifest,
+)
 from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel
-from sheepop.training.checkpoint import read_state, resolve_resume, restore
+from sheepop.training.checkpoint import read_state, resolve_resume, restore, restore_weights
 from sheepop.training.compiling import decide_compiling, with_compiling
 from sheepop.training.dial import choose_settings, compare_with_expectation, is_dial, note_expectation
 from sheepop.training.distributed import (
@@ -101,6 +106,10 @@ def start_run(
     asked = load_config(file, preset=preset, overrides=overrides)
     if resume is None:
         require_text(asked)
+    origin = None if asked.training.init_from is None else resolve_checkpoint(Path(asked.training.init_from))
+    if origin is not None:
+        overrides = settings_of_origin(origin) | overrides
+        asked = load_config(file, preset=preset, overrides=overrides)
     device = local_device(resolve_device(asked.device))
     keep_freed_memory()
     named = None if resume in (None, "auto") else resolve_resume(Path(str(resume)))
@@ -124,7 +133,7 @@ def start_run(
             )
         require_text(asked)
         choice: Choice | None = None
-        if checkpoint is None and is_dial(file, preset, overrides):
+        if checkpoint is None and origin is None and is_dial(file, preset, overrides):
             choice = on_main(
                 world,
                 lambda: choose_settings(overrides, device=device, began=began, num_processes=world.size),
@@ -136,6 +145,8 @@ def start_run(
         run.began = began
         if checkpoint is not None:
             resume_from(run, checkpoint, accept_changes=accept_changes)
+        elif origin is not None:
+            begin_with(run, origin)
         decide_compiling(run)
         if world.is_main:
             write_json(run_folder / "config.json", run.config.model_dump())
@@ -148,6 +159,33 @@ def start_run(
         if outcome is not None:
             log(outcome)
     return run_folder
+
+
+def settings_of_origin(origin: Path) -> dict[str, object]:
+    """Return the dotted settings of the model that a run begins with: its own, and the tokenizer beside it.
+
+    Raises:
+        CheckpointError: they are missing or not valid.
+    """
+    model = read_settings(origin).model.model_dump()
+    return {f"model.{key}": value for key, value in model.items()} | {"data.tokenizer": str(origin / TOKENIZER_FILE)}
+
+
+def begin_with(run: Run, origin: Path) -> None:
+    """Take the weights of a checkpoint, and nothing else of it.
+
+    Raises:
+        CheckpointError: it is damaged, or its vocabulary is not that of the text.
+    """
+    verify_manifest(origin)
+    if Tokenizer.load(origin).fingerprint != run.tokenizer.fingerprint:
+        raise CheckpointError(
+            f"The text in {run.corpus.path} was prepared with another vocabulary than that of {origin}, so its numbers "
+            f"would mean other words. Prepare it with `--tokenizer {origin / TOKENIZER_FILE}`, or name plain text."
+        )
+    restore_weights(origin, run.model)
+    if run.world.is_main:
+        log(f"the run begins with the weights of {origin}")
 
 
 def require_text(config: Config) -> None:

@@ -8,7 +8,7 @@ from sheepop.models.positions import apply_rotary, rotary_frequencies, rotary_ta
 
 
 def config(**changes):
-    return ModelConfig(d_model=24, num_heads=2, head_dim=12, max_seq_len=64, **changes)
+    return ModelConfig(**{"d_model": 24, "num_heads": 2, "head_dim": 12, "max_seq_len": 64} | changes)
 
 
 def test_sinusoidal_entries_are_the_papers():
@@ -63,6 +63,15 @@ def test_rotation_in_real_numbers_equals_the_complex_one(back):
     halves = turn(vectors.bfloat16(), table, back=back)
     assert halves.dtype == torch.bfloat16
     torch.testing.assert_close(halves.float(), by_complex, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("scaling", [{}, {"rope_scaling": "yarn", "rope_scaling_factor": 4.0}])
+def test_numbers_behind_the_rotary_dim_stay(scaling):
+    whole, part = config(head_dim=4, **scaling), config(head_dim=10, rotary_dim=4, **scaling)
+    vectors = torch.randn(3, 10)
+    turned = apply_rotary(vectors, rotary_table(part, 3))
+    torch.testing.assert_close(turned[:, :4], apply_rotary(vectors[:, :4], rotary_table(whole, 3)))
+    assert turned[:, 4:].equal(vectors[:, 4:])
 
 
 def test_linear_scaling_divides_every_frequency():

@@ -5,7 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from sheepop.config import ModelConfig
+from sheepop.models.blocks import Context
 from sheepop.models.kv_cache import KVCache
+from sheepop.models.positions import rotary_table
 from sheepop.models.sizing import (
     count_parameters,
     forward_flops_per_token,
@@ -33,6 +35,8 @@ VARIANTS = [
     {**MODERN, "sliding_window": 3, "positions": "learned"},
     {**MODERN, "rope_scaling": "yarn", "rope_scaling_factor": 2.0},
     {**CLASSIC, "head_dim": 10},
+    {**CLASSIC, "parallel_residual": True},
+    {**MODERN, "head_dim": 10, "rotary_dim": 6},
     {**CLASSIC, "ngram_order": 2},
     {**MODERN, "ngram_order": 4, "ngram_entries": 41, "positions": "learned"},
 ]
@@ -178,6 +182,17 @@ def test_dropout_of_attention_follows_the_other_unless_it_is_set(dropout, attent
     assert {block.dropout for block in model.blocks} == {dropout}
     is_random = not torch.allclose(model(ids()), model(ids()))
     assert is_random == (dropout + dropped > 0)
+
+
+def test_sublayers_in_parallel_read_the_same_stream():
+    block = make(**MODERN, parallel_residual=True).blocks[0]
+    hidden, context = torch.randn(2, 5, 24), Context(rotary=rotary_table(ModelConfig(**SIZES | MODERN), 5)[:, None])
+    by_formula = (
+        hidden
+        + block.attention(block.attention_norm(hidden), context)
+        + block.feed_forward(block.feed_forward_norm(hidden))
+    )
+    torch.testing.assert_close(block(hidden, context), by_formula)
 
 
 def test_too_long_sequences_are_refused():

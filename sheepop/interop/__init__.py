@@ -1,0 +1,1 @@
+"""Models that others trained, and ours for other engines."""

@@ -1,0 +1,47 @@
+"""Which format a model is in, or is to be in."""
+
+from pathlib import Path
+
+from sheepop.interop.huggingface import export_huggingface, import_huggingface
+from sheepop.interop.imported import refuse_to_replace
+from sheepop.interop.llama2c import import_llama2c
+from sheepop.interop.nanogpt import import_nanogpt
+from sheepop.models.pretrained import CONFIG_FILE
+from sheepop.utils.errors import CheckpointError, ConfigError
+
+EXPORTS = {"hf": export_huggingface}
+
+
+def export_model(checkpoint: Path, output: Path, *, file_format: str) -> None:
+    """Write a checkpoint in another format, and prove that it computes the same there.
+
+    Raises:
+        ConfigError: there is no such format, or something is at `output`.
+        CheckpointError: the format cannot express the model.
+    """
+    if file_format not in EXPORTS:
+        raise ConfigError(f"There is no format '{file_format}'. Choose {' or '.join(EXPORTS)}.")
+    refuse_to_replace(output)
+    EXPORTS[file_format](checkpoint, output)
+
+
+def import_model(source: Path, output: Path, *, tokenizer: Path | None) -> None:
+    """Write a model of another format as a checkpoint.
+
+    Raises:
+        CheckpointError: the model is of a kind that we do not have, or damaged.
+        ConfigError: something is at `output`.
+    """
+    refuse_to_replace(output)
+    if source.is_file() and source.suffix == ".bin":
+        import_llama2c(source, output, tokenizer)
+    elif source.is_file() and source.suffix == ".pt":
+        import_nanogpt(source, output, tokenizer)
+    elif (source / CONFIG_FILE).is_file():
+        import_huggingface(source, output, tokenizer)
+    else:
+        kind = "is of no known kind" if source.exists() else "does not exist"
+        raise CheckpointError(
+            f"{source} {'holds no config.json' if source.is_dir() else kind}. Name a Hugging Face folder (config.json, "
+            "model.safetensors, tokenizer.json), a model of llama2.c (.bin) or of nanoGPT (.pt)."
+        )

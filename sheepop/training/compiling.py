@@ -88,7 +88,7 @@ def pays(run: Run) -> bool:
         return say(run, False, f"{steps} steps of this size are over before it pays")
     eager = measure(run)
     seconds = 60 * (training.max_minutes or 0.0) if steps is None else steps * eager
-    if seconds * MOST_SAVED[device] < COMPILE_SECONDS[device]:
+    if seconds * MOST_SAVED[device] <= COMPILE_SECONDS[device]:
         return say(run, False, f"a run of some {seconds:.0f} seconds is too short to repay it")
     keep_compiled_code()
     run.model.compile_blocks(True)

@@ -13,6 +13,7 @@ import torch
 
 from sheepop.config import Config, load_config
 from sheepop.data.corpus import is_prepared, open_corpus
+from sheepop.data.dataset import Tokens
 from sheepop.data.documents import documents_of_file, list_files
 from sheepop.data.tokenizer import KINDS, Tokenizer, bytes_per_token
 from sheepop.evaluation.plots import METRICS_FILE
@@ -138,7 +139,7 @@ def look_at_text(
     if is_prepared(path):
         corpus = open_corpus(path)
         train, tokenizer = corpus.split("train"), corpus.tokenizer()
-        some = tokenizer.decode(train.tokens[: sample_bytes // 2].tolist()).encode("utf-8", errors="replace")
+        some = spread_text(train.tokens, tokenizer, sample_bytes // 2).encode("utf-8", errors="replace")
         facts = TokenizerFacts(
             asked.data.tokenizer, tokenizer.vocab_size, train.num_bytes / train.num_tokens, tokenizer.vocab_size
         )
@@ -153,6 +154,13 @@ def look_at_text(
         bits_of_compressor("".join(pieces).encode("utf-8", errors="replace")),
         tuple(look_at_tokenizers(pieces, train_bytes, asked, given, seconds=seconds)),
     )
+
+
+def spread_text(tokens: Tokens, tokenizer: Tokenizer, wanted: int) -> str:
+    """Return the text of about `wanted` tokens in slices all over `tokens`, so that no document stands for all."""
+    size = -(-wanted // MOST_FILES)
+    starts = range(0, len(tokens), max(size, -(-len(tokens) // MOST_FILES)))
+    return "".join(tokenizer.decode(tokens[start : start + size].tolist()) for start in starts)
 
 
 def sample_text(path: Path, separator: str | None, sample_bytes: int) -> tuple[list[str], int]:

@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import torch
 from sheepop.cli import main
 from sheepop.config import load_config
 from sheepop.data.corpus import open_corpus
+from sheepop.data.prepare import prepare_corpus
 from sheepop.training import dial
 from sheepop.training.checkpoint import find_resume, read_state
 from sheepop.training.dial import choose_settings, compare_with_expectation, is_dial, look_at_text, sample_text
@@ -137,6 +139,26 @@ def test_a_prepared_folder_keeps_its_tokenizer(corpus_folder, tmp_path, slow_mac
     assert choice.config.model.vocab_size == corpus.tokenizer().vocab_size
     run = start_run(None, preset=None, overrides=overrides, resume=None)
     assert load_config(run / "config.json").data.path == str(corpus_folder.resolve())
+
+
+def test_the_sample_of_a_prepared_folder_is_from_all_over_it(tmp_path):
+    letters = random.Random(2)
+    plain, hard = "the sheep " * 3000, "".join(letters.choice("abcdefghijklmnop") for _ in range(30_000))
+    bits = []
+    for name, text in (("plain", plain), ("hard", hard), ("both", plain + hard)):
+        (tmp_path / f"{name}.txt").write_text(text)
+        prepare_corpus(
+            [tmp_path / f"{name}.txt"],
+            tmp_path / name,
+            tokenizer="char",
+            vocab_size=300,
+            val_fraction=0.02,
+            seed=0,
+            separator=None,
+        )
+        asked = load_config(preset="modern", overrides={"data.path": str(tmp_path / name)})
+        bits.append(look_at_text(asked, {}, seconds=0.0, sample_bytes=20_000).compressed_bits)
+    assert bits[2] == pytest.approx((bits[0] + bits[1]) / 2, rel=0.2)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    # The tests flush tens of thousands of small files to the disk, each of which may wait for seconds on a disk that
+    # The tests flush thousands of small files to the disk, each of which may wait for seconds on a disk that
     # others use too. A file system in memory keeps a kill's promises as well as a disk does. Another TMPDIR wins.
     if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 6 << 30:
         os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)

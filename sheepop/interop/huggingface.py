@@ -52,18 +52,11 @@ def export_huggingface(checkpoint: Path, output: Path) -> None:
     stock, settings, weights = as_stock(model.config, stored_weights(model))
     with atomic_folder(output) as temporary:
         write_json(temporary / CONFIG_FILE, settings_of(stock, settings, tokenizer.end_of_text_id))
-        moved = weights_for(
-            [move for move in stock.moves(settings) if is_stored(move.ours, settings)], weights, settings
-        )
+        moved = weights_for(stock.moves(settings), weights, settings)
         save_tensors(moved, temporary / WEIGHTS_FILE, {"format": "pt"})
         write_tokenizer(temporary, tokenizer, settings.max_seq_len)
         prove(temporary, model, tokenizer)
     log(f"{output} holds a {stock.name} that transformers and what builds on it load without code of ours")
-
-
-def is_stored(name: str, settings: ModelConfig) -> bool:
-    """Say whether a weight is in files: a tied head is not."""
-    return name != "head.weight" or not settings.tie_weights
 
 
 def as_stock(settings: ModelConfig, weights: Mapping[str, Tensor]) -> tuple[StockClass, ModelConfig, dict[str, Tensor]]:
@@ -147,19 +140,19 @@ def prove(folder: Path, model: TransformerModel, tokenizer: Tokenizer) -> None:
     token_ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)  # (B, T)
     text = (own_ids * length)[:length]
     token_ids[0] = torch.tensor(text)
+    prompt = text[: max(1, length // 2)]
+    count = min(PROOF_TOKENS, model.config.max_seq_len - len(prompt))
     with inference(model), torch.inference_mode():
         own, other = model(token_ids), theirs(token_ids).logits
+        is_same_text = greedy(model, prompt, count) == greedy(lambda ids: theirs(ids).logits, prompt, count)
     difference, largest = float((own - other).abs().max()), float(own.abs().max())
     if not difference <= TOLERANCE * largest:
         raise CheckpointError(
             f"The export is not the same model: its logits differ by up to {difference:.3g}, of {largest:.3g} at most. "
             "Please report this with the model's config.json."
         )
-    prompt = text[: max(1, length // 2)]
-    count = min(PROOF_TOKENS, model.config.max_seq_len - len(prompt))
-    with inference(model), torch.inference_mode():
-        if greedy(model, prompt, count) != greedy(lambda ids: theirs(ids).logits, prompt, count):
-            raise CheckpointError("The export is not the same model: its greedy tokens differ.")
+    if not is_same_text:
+        raise CheckpointError("The export is not the same model: its greedy tokens differ.")
     log(f"proved with transformers: logits differ by at most {difference:.2g}, {count} greedy tokens are the same")
 
 
@@ -221,11 +214,11 @@ def settings_from(
         is_tied = theirs.get("tie_word_embeddings", stock.model_types[0] == "gpt2")
         ours |= {"vocab_size": theirs.get("vocab_size"), "tie_weights": bool(is_tied) or head is None}
         model = parse_config({"model": ours}, source=f"{source}/{CONFIG_FILE}").model
+    except CheckpointError:
+        raise
     except ConfigError as error:
         raise CheckpointError(f"The model's settings cannot be used. {error}") from None
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{source}/{CONFIG_FILE} is not the settings of a model ({error}).") from None
     stored = sum(tensor.numel() for tensor in weights.values())
     if count_parameters(model).total > 2 * stored or model.max_seq_len > LONGEST:  # up to half may be absent biases

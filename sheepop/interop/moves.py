@@ -97,10 +97,12 @@ def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
 
 
 def weights_for(moves: list[Move], weights: Weights, config: ModelConfig) -> dict[str, Tensor]:
-    """Return our weights as theirs. A bias that we lack and they need is zero, which changes nothing."""
+    """Return our weights as theirs: a tied head only once, and a bias that we lack and they need as zero."""
     shapes = shapes_of(config.model_copy(update={"bias": True}))
     moved: dict[str, Tensor] = {}
     for move in moves:
+        if move.ours not in shapes:
+            continue
         tensor = weights.get(move.ours)
         if tensor is None:
             assert move.ours.endswith(".bias"), move.ours

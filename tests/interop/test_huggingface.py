@@ -102,6 +102,16 @@ def test_what_a_stock_class_can_express_goes_there_and_comes_back(tmp_path, chec
     assert Tokenizer.load(tmp_path / "back").fingerprint == Tokenizer.load(folder).fingerprint
 
 
+@pytest.mark.parametrize("kind", ["char", "word"])
+def test_other_tokenizers_go_there_too(tmp_path, checkpoint, kind, capfd):
+    folder = checkpoint("modern")
+    other = Tokenizer.train(kind, TEXTS * 4, vocab_size=VOCAB_SIZE)
+    (folder / "manifest.json").unlink()  # its sums are those of the other tokenizer
+    other.save(folder / "tokenizer.json")
+    export_model(folder, tmp_path / "hf", file_format="hf")
+    assert "proved with transformers" in capfd.readouterr().err
+
+
 def test_the_tokenizer_is_theirs_too(tmp_path, checkpoint, tokenizer):
     export_model(checkpoint("modern"), tmp_path / "hf", file_format="hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")

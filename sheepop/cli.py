@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,6 +33,7 @@ Data = Annotated[Path | None, typer.Option(help="text files, folders, or a prepa
 ConfigFile = Annotated[Path | None, typer.Option(help="JSON file with settings")]
 Preset = Annotated[str | None, typer.Option(help="named settings: classic, modern, gpt2, nano")]
 MINUTES = "be done in this time, start and end included; without --config and --preset also choose all else for it"
+Bits = Literal["int8", "int4"]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON value to standard output")]
 
 
@@ -325,6 +326,9 @@ def generate(
     optimized: Annotated[
         bool, typer.Option("--optimized/--no-optimized", help="with a cache of keys and values, or the naive way")
     ] = True,
+    quantize: Annotated[
+        Bits | None, typer.Option(help="round the weights to fewer bits first: less memory, and faster on a CPU")
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -343,6 +347,7 @@ def generate(
         num_samples=num_samples,
         stop=stop or [],
         optimized=optimized,
+        quantization=quantize,
         device=device or "auto",
         as_json=as_json,
     )
@@ -388,6 +393,22 @@ def export(
     from sheepop.interop.convert import export_model
 
     export_model(checkpoint, output, file_format=format)
+
+
+@app.command()
+def quantize(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option(help="the checkpoint to write")],
+    to: Annotated[Bits, typer.Option(help="bits of a weight")] = "int8",
+    data: Annotated[Path | None, typer.Option(help="text to score before and after")] = None,
+) -> None:
+    """Write a model with its weights in fewer bits, and say what that costs in quality."""
+    from sheepop.evaluation.comparison import compare_checkpoints
+    from sheepop.interop.quantized import quantize_checkpoint
+
+    quantize_checkpoint(checkpoint, output, to)
+    if data is not None:
+        print(compare_checkpoints(checkpoint, output, data))
 
 
 @app.command(name="import")

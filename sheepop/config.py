@@ -83,6 +83,10 @@ class ModelConfig(Section):
     attention: Literal["optimized", "reference"] = Field(
         "optimized", description="fused kernels, or the same attention written out to be read"
     )
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none",
+        description="bits in which the matrices are kept, for inference alone; sheepop quantize makes such a model",
+    )
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
     zero_init_outputs: bool = Field(
         False, description="projections into the residual stream begin at zero, so that each block begins as no change"

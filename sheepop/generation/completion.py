@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sheepop.data.tokenizer import StreamDecoder, Tokenizer
-from sheepop.generation.engine import generate_cached
+from sheepop.generation.engine import Decode, generate_cached
 from sheepop.generation.generate import FinishReason, generate_naive
 from sheepop.generation.sampling import SamplingSettings
 from sheepop.models.transformer import TransformerModel
@@ -54,6 +55,7 @@ def complete(
     num_samples: int = 1,
     stop: Sequence[str] = (),
     optimized: bool = True,
+    decode: Decode | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Let the model continue a text, as if the text began a document.
@@ -68,6 +70,7 @@ def complete(
         num_samples: how many completions.
         stop: strings that end a sample; the text is cut where the first of them begins.
         optimized: with a KV cache, or naively; the tokens are the same.
+        decode: computes single tokens in the model's place, if optimized (`decoder_for`).
         on_text: called with the pieces of sample 0's text as they come; whole characters only, and never the
             beginning of a stop string. Together they are the sample's text.
 
@@ -89,7 +92,7 @@ def complete(
             first_token_at = time.perf_counter()
         return transcripts[sample].add(token_id)
 
-    generate = generate_cached if optimized else generate_naive
+    generate = partial(generate_cached, decode=decode) if optimized else generate_naive
     continuations = generate(
         model,
         [tokenizer.end_of_text_id, *tokenizer.encode(prompt)],

@@ -1,9 +1,11 @@
 """Generation with a KV cache: each token costs one position, and all samples advance together as rows."""
 
-from collections.abc import Iterator, Sequence
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from sheepop.generation.generate import (
     Continuation,
@@ -18,6 +20,9 @@ from sheepop.generation.generate import (
 from sheepop.generation.sampling import SamplingSettings, sample_tokens
 from sheepop.models.kv_cache import KVCache
 from sheepop.models.transformer import TransformerModel, inference
+
+# Maps the newest token of each row, (B, 1), to logits (B, 1, V), and adds it to the cache.
+Decode = Callable[[Tensor, KVCache], Tensor]
 
 # Below this many parameters one token's matrix products are so short that handing them to a second core costs more
 # than it saves (`docs/log.md`).
@@ -34,12 +39,14 @@ def generate_cached(
     num_samples: int = 1,
     end_of_text_id: int | None = None,
     on_token: OnToken | None = None,
+    decode: Decode | None = None,
 ) -> list[Continuation]:
     """Return what `generate_naive` returns for the same arguments, many times faster.
 
     The prompt is computed once (prefill), then each step computes only the newest token of each sample; keys and
     values of the others come from the cache. When the oldest half of a full context is dropped, the rest is computed
-    again. `on_token` gets the samples' tokens in turn: sample 0, 1, ..., then their next tokens.
+    again. `on_token` gets the samples' tokens in turn: sample 0, 1, ..., then their next tokens. `decode` computes
+    single tokens in the model's place (`decoder_for`).
 
     Raises:
         ConfigError, CheckpointError: as `generate_naive`.
@@ -53,7 +60,7 @@ def generate_cached(
         num_samples,
         capacity=min(longest, max_seq_len),
         device=device,
-        dtype=model.token_embedding.weight.dtype,
+        dtype=model.dtype,
     )
     generators = [sample_generator(model, seed, sample) for sample in range(num_samples)]
     tokens = torch.empty((num_samples, longest), dtype=torch.int64, device=device)  # (B, T)
@@ -72,7 +79,10 @@ def generate_cached(
                 cached_from = start
                 cache.reset()
                 newest = tokens[:, start:length]  # (B, T)
-            logits = model(newest, cache=cache, last_only=True)[:, -1]  # (B, V)
+            if decode is not None and newest.shape[1] == 1:
+                logits = decode(newest, cache)[:, -1]  # (B, V)
+            else:
+                logits = model(newest, cache=cache, last_only=True)[:, -1]
             drawn = sample_tokens(logits, settings, generators, tokens[:, said_from:length])
             tokens[:, length] = drawn
             # A sample that has ended stays as a row whose tokens nobody reads, until the last one ends.
@@ -101,3 +111,17 @@ def threads_for_decoding(model: TransformerModel) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def decoder_for(model: TransformerModel) -> Decode | None:
+    """Return the compiled decoder of a model, or None where the model has to decode by itself.
+
+    The kernels compute in fp32 on a CPU, and need numba; attention that was asked to be the reference stays that.
+    """
+    if model.device.type != "cpu" or model.dtype != torch.float32 or model.config.attention == "reference":
+        return None
+    if importlib.util.find_spec("numba") is None:
+        return None
+    from sheepop.generation.fast_decoding import FastDecoder
+
+    return FastDecoder(model)

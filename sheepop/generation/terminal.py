@@ -7,8 +7,11 @@ from pathlib import Path
 
 from sheepop.data.tokenizer import Tokenizer, load_model_tokenizer
 from sheepop.generation.completion import Generation, complete
+from sheepop.generation.engine import decoder_for
 from sheepop.generation.sampling import SamplingSettings
 from sheepop.models.pretrained import load_pretrained, resolve_checkpoint
+from sheepop.models.quantization import quantize
+from sheepop.models.quantized_layers import Quantization
 from sheepop.models.transformer import TransformerModel
 from sheepop.utils.devices import resolve_device
 from sheepop.utils.files import to_json
@@ -25,6 +28,7 @@ def generate_text(
     num_samples: int,
     stop: Sequence[str],
     optimized: bool,
+    quantization: Quantization | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -34,7 +38,7 @@ def generate_text(
         SheepopError: an option is out of range, or the checkpoint cannot be used.
     """
     settings.validate()
-    model, tokenizer = load_model_and_tokenizer(checkpoint, device)
+    model, tokenizer = load_model_and_tokenizer(checkpoint, device, quantization)
     streams = num_samples == 1 and not as_json
     if streams:
         _show(prompt)
@@ -48,6 +52,7 @@ def generate_text(
         num_samples=num_samples,
         stop=stop,
         optimized=optimized,
+        decode=decoder_for(model) if optimized else None,
         on_text=_show if streams else None,
     )
     if as_json:
@@ -68,11 +73,19 @@ def chat(checkpoint: Path, settings: SamplingSettings, *, max_new_tokens: int, s
     settings.validate()
     model, tokenizer = load_model_and_tokenizer(checkpoint, device)
     log("The model continues what you write. An empty line ends.")
+    decode = decoder_for(model)
     text = ""
     for turn, line in enumerate(_lines()):
         text += line + "\n"
         generation = complete(
-            model, tokenizer, text, settings, max_new_tokens=max_new_tokens, seed=seed + turn, on_text=_show
+            model,
+            tokenizer,
+            text,
+            settings,
+            max_new_tokens=max_new_tokens,
+            seed=seed + turn,
+            decode=decode,
+            on_text=_show,
         )
         text += generation.completions[0].text
         if not text.endswith("\n"):
@@ -80,15 +93,18 @@ def chat(checkpoint: Path, settings: SamplingSettings, *, max_new_tokens: int, s
             text += "\n"
 
 
-def load_model_and_tokenizer(checkpoint: Path, device: str) -> tuple[TransformerModel, Tokenizer]:
-    """Load the two halves of a checkpoint and see that they belong together.
+def load_model_and_tokenizer(
+    checkpoint: Path, device: str, quantization: Quantization | None = None
+) -> tuple[TransformerModel, Tokenizer]:
+    """Load the two halves of a checkpoint and see that they belong together; round the weights where that is asked.
 
     Raises:
         CheckpointError: one of them is missing or damaged, or their vocabularies differ.
     """
     folder = resolve_checkpoint(checkpoint)
     model = load_pretrained(folder, resolve_device(device))
-    return model, load_model_tokenizer(folder, model.config.vocab_size)
+    tokenizer = load_model_tokenizer(folder, model.config.vocab_size)
+    return quantize(model, quantization) if quantization else model, tokenizer
 
 
 def _lines() -> Iterator[str]:

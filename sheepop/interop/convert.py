@@ -6,7 +6,7 @@ from sheepop.interop.huggingface import export_huggingface, import_huggingface
 from sheepop.interop.imported import refuse_to_replace
 from sheepop.interop.llama2c import import_llama2c
 from sheepop.interop.nanogpt import import_nanogpt
-from sheepop.models.pretrained import CONFIG_FILE
+from sheepop.models.pretrained import CONFIG_FILE, read_settings, resolve_checkpoint
 from sheepop.utils.errors import CheckpointError, ConfigError
 
 EXPORTS = {"hf": export_huggingface}
@@ -22,6 +22,12 @@ def export_model(checkpoint: Path, output: Path, *, file_format: str) -> None:
     if file_format not in EXPORTS:
         raise ConfigError(f"There is no format '{file_format}'. Choose {' or '.join(EXPORTS)}.")
     refuse_to_replace(output)
+    quantization = read_settings(resolve_checkpoint(checkpoint)).model.quantization
+    if quantization != "none":
+        raise CheckpointError(
+            f"{checkpoint} is kept in {quantization} (model.quantization), which no other engine reads as we write it. "
+            "Export the model that it was made of."
+        )
     EXPORTS[file_format](checkpoint, output)
 
 

@@ -1,4 +1,4 @@
-"""What every import ends with: a checkpoint of ours."""
+"""What every import ends with: a checkpoint of ours without the state of a run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,10 +25,15 @@ def refuse_to_replace(output: Path) -> None:
 
 
 def write_imported(output: Path, settings: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
-    """Write a checkpoint of a model that was trained elsewhere: a pretrained model without the state of a run."""
+    """Write a checkpoint of a model that was trained elsewhere."""
+    write_stateless(output, Config(model=settings), weights, tokenizer)
+
+
+def write_stateless(output: Path, config: Config, weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
+    """Write a checkpoint that is a pretrained model without the state of a run."""
     with atomic_folder(output) as temporary:
-        write_json(temporary / CONFIG_FILE, Config(model=settings).model_dump())
-        save_weights(weights, settings, temporary / WEIGHTS_FILE)
+        write_json(temporary / CONFIG_FILE, config.model_dump())
+        save_weights(weights, config.model, temporary / WEIGHTS_FILE)
         tokenizer.save(temporary / TOKENIZER_FILE)
         write_manifest(temporary, step=0)
-    log(f"{output} holds the model: {format_count(count_parameters(settings).total)} parameters")
+    log(f"{output} holds the model: {format_count(count_parameters(config.model).total)} parameters")

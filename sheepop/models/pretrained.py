@@ -158,7 +158,7 @@ def stored_weights(model: TransformerModel) -> dict[str, Tensor]:
     """Return a model's weights under the names that files have: those of the modules, a tied head only once."""
     weights: dict[str, Tensor] = model.state_dict()
     if model.config.tie_weights:
-        del weights["head.weight"]
+        return {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
     return weights
 
 

@@ -14,12 +14,13 @@ from sheepop.models.kv_cache import KVCache
 from sheepop.models.linear import Linear, linear
 from sheepop.models.ngrams import NgramEmbedding
 from sheepop.models.positions import rotary_table, sinusoidal_table
+from sheepop.models.quantized_layers import use_quantized_layers
 
 
 class TransformerModel(nn.Module):
     """A language model: token ids in, logits of the next token out. The settings say which family.
 
-    With `initialize=False` the weights are whatever the memory held, to be loaded.
+    With `initialize=False`, and where they are quantized, the weights are whatever the memory held, to be loaded.
     """
 
     rotary: Tensor
@@ -42,7 +43,9 @@ class TransformerModel(nn.Module):
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_weights:
             self.head.weight = self.token_embedding.weight  # Press and Wolf 2017
-        if initialize:
+        if config.quantization != "none":
+            use_quantized_layers(self, config)
+        elif initialize:
             self.initialize()
 
     def initialize(self) -> None:
@@ -102,7 +105,7 @@ class TransformerModel(nn.Module):
         if document_ids is not None and cache is not None:
             raise ValueError("document_ids and a cache do not go together: a cache holds one document a row")
         dropout = self.config.dropout if self.training else 0.0
-        hidden = drop(self._embed(token_ids, document_ids, cache), dropout)  # (B, T, D)
+        hidden = drop(self.embed(token_ids, document_ids, cache), dropout)  # (B, T, D)
         rotary = None
         if self.config.positions == "rotary":
             # Repeated for each head, once for all layers: products with rows that lie in one piece are faster.
@@ -115,7 +118,7 @@ class TransformerModel(nn.Module):
             cache.advance(token_ids)
         return self.final_norm(hidden)  # type: ignore[no-any-return]
 
-    def _embed(self, token_ids: Tensor, document_ids: Tensor | None, cache: KVCache | None) -> Tensor:
+    def embed(self, token_ids: Tensor, document_ids: Tensor | None, cache: KVCache | None) -> Tensor:
         """Return token embeddings plus those of the last few together and, for absolute positions, of the place."""
         embedded: Tensor = self.token_embedding(token_ids)  # (B, T, D)
         if self.ngram_embedding is not None:
@@ -157,7 +160,12 @@ class TransformerModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.token_embedding.weight.device
+        return self.final_norm.weight.device  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the hidden states are numbers of."""
+        return self.final_norm.weight.dtype  # type: ignore[return-value]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from sheepop.config import LENGTH_KEYS, Config, TrainingConfig, load_config
+from sheepop.config import LENGTH_KEYS, Config, ModelConfig, TrainingConfig, load_config
 from sheepop.data.corpus import Corpus, open_corpus
 from sheepop.data.packing import PackingPlan, open_plan
 from sheepop.data.prepare import prepare_on_the_way
@@ -110,6 +110,7 @@ def start_run(
     if origin is not None:
         overrides = settings_of_origin(origin) | overrides
         asked = load_config(file, preset=preset, overrides=overrides)
+    refuse_quantized(asked.model)
     device = local_device(resolve_device(asked.device))
     keep_freed_memory()
     named = None if resume in (None, "auto") else resolve_resume(Path(str(resume)))
@@ -159,6 +160,19 @@ def start_run(
         if outcome is not None:
             log(outcome)
     return run_folder
+
+
+def refuse_quantized(settings: ModelConfig) -> None:
+    """Refuse to train weights that are rounded.
+
+    Raises:
+        ConfigError: they are.
+    """
+    if settings.quantization != "none":
+        raise ConfigError(
+            f"A model whose weights are kept in {settings.quantization} cannot learn: model.quantization must be none. "
+            "Train the model that it was made of, and quantize the result."
+        )
 
 
 def settings_of_origin(origin: Path) -> dict[str, object]:

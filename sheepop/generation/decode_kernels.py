@@ -1,0 +1,248 @@
+"""The arithmetic of one decoding step on a CPU, compiled by numba: the newest token of each of a few sequences.
+
+At this size a step takes as long as it takes to read the weights. So they are read once, in the form in which they are
+kept, and become fp32 in registers only. Sums may be taken in any order, but infinities and NaN are kept: a model whose
+scores are not finite must be noticed.
+
+Shape letters: N sequences, I inputs, O outputs, G groups of inputs, H query heads, K key/value heads, C head width,
+S tokens a page, M pages of a sequence.
+"""
+
+import math
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from sheepop.generation.vector_dots import GROUP, dot_int4, dot_int4_4, dot_int8, dot_int8_4
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+
+ANY_ORDER = {"reassoc", "contract", "nsz", "arcp"}
+AT_ONCE = 4  # sequences for which a weight is read and turned into fp32 once
+NOTHING = np.float32(0)
+
+
+@njit(parallel=True, fastmath=ANY_ORDER, cache=True)
+def matmul_fp32(inputs: Floats, weight: Floats, bias: Floats, outputs: Floats, adds: bool) -> None:
+    """Set outputs (N, O) to inputs (N, I) times weight (O, I), plus bias (O,), or (0,) for none.
+
+    With `adds` the result is added to what is there.
+    """
+    rows = len(inputs)
+    for o in prange(len(weight)):
+        offset = bias[o] if len(bias) else NOTHING
+        for n in range(0, rows - AT_ONCE + 1, AT_ONCE):
+            a = b = c = d = NOTHING
+            for i in range(weight.shape[1]):
+                value = weight[o, i]
+                a += inputs[n, i] * value
+                b += inputs[n + 1, i] * value
+                c += inputs[n + 2, i] * value
+                d += inputs[n + 3, i] * value
+            for m, total in enumerate((a, b, c, d)):
+                outputs[n + m, o] = total + offset + (outputs[n + m, o] if adds else NOTHING)
+        for n in range(rows - rows % AT_ONCE, rows):
+            total = NOTHING
+            for i in range(weight.shape[1]):
+                total += inputs[n, i] * weight[o, i]
+            outputs[n, o] = total + offset + (outputs[n, o] if adds else NOTHING)
+
+
+@njit(parallel=True, fastmath=ANY_ORDER, cache=True)
+def matmul_int8(
+    inputs: Floats, values: NDArray[np.int8], scale: Floats, bias: Floats, outputs: Floats, adds: bool
+) -> None:
+    """Do what `matmul_fp32` does for the weight values (O, I), int8, times scale (O,)."""
+    rows, width = inputs.shape
+    whole = width - width % GROUP
+    for o in prange(len(values)):
+        offset = bias[o] if len(bias) else NOTHING
+        for n in range(0, rows - AT_ONCE + 1, AT_ONCE):
+            a, b, c, d = inputs[n], inputs[n + 1], inputs[n + 2], inputs[n + 3]
+            for m, total in enumerate(dot_int8_4(a, b, c, d, values[o])):
+                for i in range(whole, width):
+                    total += inputs[n + m, i] * np.float32(values[o, i])
+                outputs[n + m, o] = total * scale[o] + offset + (outputs[n + m, o] if adds else NOTHING)
+        for n in range(rows - rows % AT_ONCE, rows):
+            total = dot_int8(inputs[n], values[o])
+            for i in range(whole, width):
+                total += inputs[n, i] * np.float32(values[o, i])
+            outputs[n, o] = total * scale[o] + offset + (outputs[n, o] if adds else NOTHING)
+
+
+@njit(parallel=True, fastmath=ANY_ORDER, cache=True)
+def matmul_int4(
+    inputs: Floats,
+    values: NDArray[np.uint8],
+    scale: Floats,
+    lowest: Floats,
+    bias: Floats,
+    outputs: Floats,
+    adds: bool,
+) -> None:
+    """Do what `matmul_fp32` does for 4 bits: values (O, G, 32), two weights a byte; scale and lowest value (O, G)."""
+    rows = len(inputs)
+    for o in prange(len(values)):
+        offset = bias[o] if len(bias) else NOTHING
+        for n in range(0, rows - AT_ONCE + 1, AT_ONCE):
+            a, b, c, d = inputs[n], inputs[n + 1], inputs[n + 2], inputs[n + 3]
+            for m, total in enumerate(dot_int4_4(a, b, c, d, values[o], scale[o], lowest[o])):
+                outputs[n + m, o] = total + offset + (outputs[n + m, o] if adds else NOTHING)
+        for n in range(rows - rows % AT_ONCE, rows):
+            total = dot_int4(inputs[n], values[o], scale[o], lowest[o])
+            outputs[n, o] = total + offset + (outputs[n, o] if adds else NOTHING)
+
+
+@njit(fastmath=ANY_ORDER, cache=True)
+def layer_norm(inputs: Floats, weight: Floats, bias: Floats, epsilon: float, outputs: Floats) -> None:
+    """Set outputs (N, I) to the LayerNorm of inputs (N, I); bias is (I,), or (0,) for none."""
+    width = inputs.shape[1]
+    for n in range(len(inputs)):
+        total = NOTHING
+        for i in range(width):
+            total += inputs[n, i]
+        mean = total / np.float32(width)
+        squares = NOTHING
+        for i in range(width):
+            squares += (inputs[n, i] - mean) ** 2
+        factor = np.float32(1 / math.sqrt(squares / width + epsilon))
+        for i in range(width):
+            outputs[n, i] = (inputs[n, i] - mean) * factor * weight[i] + (bias[i] if len(bias) else NOTHING)
+
+
+@njit(fastmath=ANY_ORDER, cache=True)
+def rms_norm(inputs: Floats, weight: Floats, epsilon: float, outputs: Floats) -> None:
+    """Set outputs (N, I) to the RMSNorm of inputs (N, I)."""
+    width = inputs.shape[1]
+    for n in range(len(inputs)):
+        squares = NOTHING
+        for i in range(width):
+            squares += inputs[n, i] * inputs[n, i]
+        factor = np.float32(1 / math.sqrt(squares / width + epsilon))
+        for i in range(width):
+            outputs[n, i] = inputs[n, i] * factor * weight[i]
+
+
+@njit(fastmath=ANY_ORDER, cache=True)
+def place_heads(
+    projected: Floats,
+    query_norm: Floats,
+    key_norm: Floats,
+    epsilon: float,
+    turns: Floats,
+    positions: Integers,
+    keys: Floats,
+    values: Floats,
+    pages: Integers,
+) -> None:
+    """Normalise and turn queries and keys where they are, and store keys and values in their pages.
+
+    Args:
+        projected: (N, H + 2K, C), the heads of queries, keys and values.
+        query_norm, key_norm: (C,), or (0,) for none.
+        turns: (T, C/2, 2), cosine and sine of each pair at each position (`rotary_table`); T is 0 for none.
+        positions: (N,), the place of each sequence's newest token.
+        keys, values: (all pages, K, S, C).
+        pages: (N, M), which pages hold the sequence, in order.
+    """
+    kv_heads, page_size, width = keys.shape[1:]
+    heads = projected.shape[1] - 2 * kv_heads
+    for n in range(len(projected)):
+        for h in range(heads + kv_heads):
+            head, norm = projected[n, h], query_norm if h < heads else key_norm
+            if len(norm):
+                squares = NOTHING
+                for c in range(width):
+                    squares += head[c] * head[c]
+                factor = np.float32(1 / math.sqrt(squares / width + epsilon))
+                for c in range(width):
+                    head[c] *= factor * norm[c]
+            if len(turns):
+                table = turns[positions[n]]
+                for c in range(width // 2):
+                    first, second = head[2 * c], head[2 * c + 1]
+                    head[2 * c] = first * table[c, 0] - second * table[c, 1]
+                    head[2 * c + 1] = first * table[c, 1] + second * table[c, 0]
+        page, at = pages[n, positions[n] // page_size], positions[n] % page_size
+        for k in range(kv_heads):
+            for c in range(width):
+                keys[page, k, at, c] = projected[n, heads + k, c]
+                values[page, k, at, c] = projected[n, heads + kv_heads + k, c]
+
+
+@njit(parallel=True, fastmath=ANY_ORDER, cache=True)
+def attend(
+    projected: Floats, positions: Integers, keys: Floats, values: Floats, pages: Integers, window: int, outputs: Floats
+) -> None:
+    """Set outputs (N, H, C) to the attention of each sequence's newest token over its tokens (`attention.py`).
+
+    Args:
+        projected, positions, keys, values, pages: as in `place_heads`, after it.
+        window: how many tokens back are seen, the newest included; 0 means all.
+    """
+    kv_heads, page_size, width = keys.shape[1:]
+    group = (projected.shape[1] - 2 * kv_heads) // kv_heads
+    factor = np.float32(1 / math.sqrt(width))
+    for task in prange(len(projected) * kv_heads):
+        n, k = task // kv_heads, task % kv_heads
+        end = positions[n] + 1
+        start = max(0, end - window) if window else 0
+        scores = np.empty((group, end), dtype=np.float32)
+        for index in range(start // page_size, (end - 1) // page_size + 1):
+            page, first = keys[pages[n, index], k], index * page_size
+            for h in range(group):
+                query = projected[n, k * group + h]
+                for t in range(max(start, first), min(end, first + page_size)):
+                    score, key = NOTHING, page[t - first]
+                    for c in range(width):
+                        score += query[c] * key[c]
+                    scores[h, t] = score * factor
+        for h in range(group):
+            highest = scores[h, start:].max()
+            total = NOTHING
+            for t in range(start, end):
+                scores[h, t] = math.exp(scores[h, t] - highest)
+                total += scores[h, t]
+            mixed = outputs[n, k * group + h]
+            mixed[:] = NOTHING
+            for index in range(start // page_size, (end - 1) // page_size + 1):
+                page, first = values[pages[n, index], k], index * page_size
+                for t in range(max(start, first), min(end, first + page_size)):
+                    share, value = scores[h, t] / total, page[t - first]
+                    for c in range(width):
+                        mixed[c] += share * value[c]
+
+
+@njit(parallel=True, fastmath=ANY_ORDER, cache=True)
+def activate(hidden: Floats, activation: int, is_gated: bool, outputs: Floats) -> None:
+    """Set outputs (N, F) to the activation of hidden (N, F), or with a gate of hidden (N, 2F): gates, then linear."""
+    width = outputs.shape[1]
+    for n in range(len(hidden)):
+        for f in prange(width):
+            x = hidden[n, f]
+            if activation == GELU:
+                y = np.float32(0.5) * x * (1 + np.float32(math.erf(x * np.float32(math.sqrt(0.5)))))
+            elif activation == GELU_TANH:
+                y = np.float32(0.5) * x * (1 + np.float32(math.tanh(TANH_SCALE * (x + np.float32(0.044715) * x**3))))
+            elif activation == SILU:
+                y = x / (1 + np.float32(math.exp(-x)))
+            else:
+                y = max(x, NOTHING)
+                if activation == RELU_SQUARED:
+                    y *= y
+            outputs[n, f] = y * hidden[n, width + f] if is_gated else y
+
+
+GELU, GELU_TANH, SILU, RELU, RELU_SQUARED = range(5)
+ACTIVATION = {
+    "gelu": GELU,
+    "gelu_tanh": GELU_TANH,
+    "relu": RELU,
+    "silu": SILU,
+    "relu_squared": RELU_SQUARED,
+    "swiglu": SILU,
+    "geglu": GELU,
+}
+TANH_SCALE = np.float32(math.sqrt(2 / math.pi))

@@ -1,0 +1,118 @@
+"""The model's forward pass for the newest token of each sequence, on a CPU, by compiled kernels.
+
+PyTorch's eager operators cost tens of microseconds each, several hundred of them a token, and have no fast product for
+fp32 inputs and weights of 8 or 4 bits at one row. This is `TransformerModel.forward` again, in the same order and over
+the same weights and cache, for that case alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sheepop.generation import decode_kernels as kernels
+from sheepop.models.blocks import TransformerBlock
+from sheepop.models.kv_cache import KVCache
+from sheepop.models.quantized_layers import QuantizedLinear
+from sheepop.models.transformer import TransformerModel
+
+Floats = NDArray[np.float32]
+Product = Callable[[Floats, Floats, bool], None]
+NONE: Floats = np.empty(0, dtype=np.float32)
+
+
+class FastDecoder:
+    """A model with its weights laid out for the kernels, which read them where they are."""
+
+    def __init__(self, model: TransformerModel) -> None:
+        config = self.config = model.config
+        self.model = model
+        self.turns = model.rotary.numpy() if config.positions == "rotary" else np.empty((0, 1, 2), dtype=np.float32)
+        self.layers = [Layer(block) for block in model.blocks if isinstance(block, TransformerBlock)]
+        self.final_norm = norm_of(model.final_norm)
+        self.head = product_of(model.head)
+
+    def __call__(self, token_ids: Tensor, cache: KVCache) -> Tensor:
+        """Return what `model(token_ids, cache=cache)` returns for one token a sequence: (N, 1) to (N, 1, V)."""
+        config, rows = self.config, len(token_ids)
+        hidden = self.model.embed(token_ids, None, cache)[:, 0].contiguous().numpy()  # (N, D)
+        positions = np.full(rows, cache.length)
+        pages = np.arange(rows)[:, None]
+        normed = np.empty_like(hidden)
+        heads = config.num_heads + 2 * config.num_kv_heads
+        projected = np.empty((rows, heads, config.head_dim), dtype=np.float32)
+        mixed = np.empty((rows, config.num_heads, config.head_dim), dtype=np.float32)
+        inner = np.empty((rows, config.d_ff * (2 if config.is_gated else 1)), dtype=np.float32)
+        activated = np.empty((rows, config.d_ff), dtype=np.float32)
+        activation = kernels.ACTIVATION[config.activation]
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            stored = (positions, keys.numpy(), values.numpy(), pages)
+            layer.attention_norm(hidden, normed)
+            layer.query_key_value(normed, projected.reshape(rows, -1), False)
+            query_norm, key_norm = layer.head_norms
+            kernels.place_heads(projected, query_norm, key_norm, config.layer_norm_eps, self.turns, *stored)
+            kernels.attend(projected, *stored, config.sliding_window, mixed)
+            if config.parallel_residual:
+                layer.feed_forward_norm(hidden, normed)
+                layer.attention_output(mixed.reshape(rows, -1), hidden, True)
+            else:
+                layer.attention_output(mixed.reshape(rows, -1), hidden, True)
+                layer.feed_forward_norm(hidden, normed)
+            layer.feed_forward_input(normed, inner, False)
+            kernels.activate(inner, activation, config.is_gated, activated)
+            layer.feed_forward_output(activated, hidden, True)
+        self.final_norm(hidden, normed)
+        logits = np.empty((rows, config.vocab_size), dtype=np.float32)
+        self.head(normed, logits, False)
+        cache.advance(token_ids)
+        return torch.from_numpy(logits)[:, None]
+
+
+class Layer:
+    """The weights of a block, as the functions that apply them."""
+
+    def __init__(self, block: TransformerBlock) -> None:
+        attention, feed_forward = block.attention, block.feed_forward
+        self.attention_norm, self.feed_forward_norm = norm_of(block.attention_norm), norm_of(block.feed_forward_norm)
+        self.query_key_value, self.attention_output = (
+            product_of(attention.query_key_value),
+            product_of(attention.output),
+        )
+        self.feed_forward_input, self.feed_forward_output = (
+            product_of(feed_forward.input),
+            product_of(feed_forward.output),
+        )
+        self.head_norms = tuple(
+            NONE if norm is None else numbers(norm.weight) for norm in (attention.query_norm, attention.key_norm)
+        )
+
+
+def product_of(layer: nn.Module) -> Product:
+    """Return the function (inputs (N, I), outputs (N, O), adds) of a linear layer, quantized or not."""
+    bias = NONE if layer.bias is None else numbers(layer.bias)
+    if not isinstance(layer, QuantizedLinear):
+        weight = numbers(layer.weight)
+        return lambda inputs, outputs, adds: kernels.matmul_fp32(inputs, weight, bias, outputs, adds)
+    values, scale = numbers(layer.values), numbers(layer.scale)
+    if not layer.is_packed:
+        return lambda inputs, outputs, adds: kernels.matmul_int8(inputs, values, scale, bias, outputs, adds)
+    lowest = numbers(layer.lowest)
+    return lambda inputs, outputs, adds: kernels.matmul_int4(inputs, values, scale, lowest, bias, outputs, adds)
+
+
+def norm_of(norm: nn.Module) -> Callable[[Floats, Floats], None]:
+    """Return the function (inputs (N, D), outputs (N, D)) of a norm."""
+    assert isinstance(norm, nn.RMSNorm | nn.LayerNorm)
+    weight, epsilon = numbers(norm.weight), norm.eps or 0.0
+    if isinstance(norm, nn.RMSNorm):
+        return lambda inputs, outputs: kernels.rms_norm(inputs, weight, epsilon, outputs)
+    bias = NONE if norm.bias is None else numbers(norm.bias)
+    return lambda inputs, outputs: kernels.layer_norm(inputs, weight, bias, epsilon, outputs)
+
+
+def numbers(tensor: Any) -> NDArray[Any]:
+    """Return a tensor's memory as an array."""
+    return tensor.detach().numpy()  # type: ignore[no-any-return]

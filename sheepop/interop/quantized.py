@@ -1,0 +1,23 @@
+"""A checkpoint in fewer bits, as a checkpoint of its own."""
+
+from pathlib import Path
+
+from sheepop.data.tokenizer import load_model_tokenizer
+from sheepop.interop.imported import refuse_to_replace, write_stateless
+from sheepop.models.pretrained import load_pretrained, read_settings, resolve_checkpoint, stored_weights
+from sheepop.models.quantization import quantize
+from sheepop.models.quantized_layers import Quantization
+
+
+def quantize_checkpoint(checkpoint: Path, output: Path, quantization: Quantization) -> None:
+    """Write a checkpoint with its matrices in 8 or 4 bits, which generates and is evaluated like any other.
+
+    Raises:
+        ConfigError: something is at `output`, or the checkpoint is quantized already.
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    refuse_to_replace(output)
+    folder = resolve_checkpoint(checkpoint)
+    model = quantize(load_pretrained(folder), quantization)
+    settings = read_settings(folder).model_copy(update={"model": model.config})
+    write_stateless(output, settings, stored_weights(model), load_model_tokenizer(folder, model.config.vocab_size))

@@ -1,0 +1,137 @@
+"""Weights in 8 or 4 bits: a quarter or an eighth of the memory to keep and, for one token, of the time to read.
+
+Only the matrices are rounded; what passes through them stays as it is. Of 8 bits each row has one scale, symmetric
+about zero. Of 4 bits each group of 64 neighbours in a row has a scale and a lowest value (as Q4_1 of GGUF has for 32).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sheepop.config import ModelConfig
+from sheepop.models.linear import Linear, linear
+
+Quantization = Literal["int8", "int4"]
+
+GROUP = 64  # weights that share a scale in 4 bits
+LEVELS = 15  # the largest number in 4 bits
+LARGEST = 127
+SMALLEST = torch.finfo(torch.float32).tiny  # a scale that is not zero
+# Cutting off a group's outermost weights costs them and spares the others: of these shares of the range the best is
+# taken, by the squared error (`docs/log.md`).
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+ROWS_AT_ONCE = 2**22  # weights of which the candidates are in memory at one time
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight (O, I) is kept in 8 or 4 bits, for inference alone.
+
+    In 4 bits byte j of a group holds weight j in its lower half and weight j + 32 in its upper. A layer whose inputs
+    are no multiple of a group is kept in 8 bits.
+    """
+
+    values: Tensor
+    scale: Tensor
+    lowest: Tensor
+    bias: Tensor | None
+
+    def __init__(self, num_inputs: int, num_outputs: int, *, bias: bool, quantization: Quantization = "int8") -> None:
+        super().__init__()
+        self.num_inputs = num_inputs
+        self.is_packed = quantization == "int4" and num_inputs % GROUP == 0
+        if self.is_packed:
+            groups = num_inputs // GROUP
+            self.register_buffer("values", torch.empty((num_outputs, groups, GROUP // 2), dtype=torch.uint8))
+            self.register_buffer("scale", torch.empty(num_outputs, groups))
+            self.register_buffer("lowest", torch.empty(num_outputs, groups))
+        else:
+            self.register_buffer("values", torch.empty((num_outputs, num_inputs), dtype=torch.int8))
+            self.register_buffer("scale", torch.empty(num_outputs))
+        self.register_buffer("bias", torch.empty(num_outputs) if bias else None)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (O, I) as fp32, made anew each time."""
+        return self.rows(slice(None))
+
+    def rows(self, which: Tensor | slice) -> Tensor:
+        """Return rows of the weight as fp32: (..., I)."""
+        values, scale = self.values[which], self.scale[which, ..., None]
+        if not self.is_packed:
+            return values.float() * scale
+        numbers = torch.cat((values & 15, values >> 4), dim=-1).float()  # (..., G, 64)
+        return (numbers * scale + self.lowest[which, ..., None]).flatten(-2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (..., I) to (..., O)."""
+        return linear(hidden, self.weight, self.bias)
+
+    @torch.no_grad()
+    def fill(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Take a weight (O, I) and a bias (O,), rounded."""
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+        at_once = max(1, ROWS_AT_ONCE // self.num_inputs)
+        for start in range(0, len(weight), at_once):
+            part = slice(start, start + at_once)
+            if self.is_packed:
+                numbers, self.scale[part], self.lowest[part] = round_groups(weight[part].float())
+                low, high = numbers.chunk(2, dim=-1)
+                self.values[part] = low | high << 4
+            else:
+                self.values[part], self.scale[part] = round_rows(weight[part].float())
+
+
+class QuantizedEmbedding(nn.Module):
+    """A table (V, D) in 8 bits of which rows are looked up."""
+
+    def __init__(self, matrix: QuantizedLinear) -> None:
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Map (B, T) to (B, T, D)."""
+        return self.matrix.rows(token_ids)
+
+
+def use_quantized_layers(model: nn.Module, config: ModelConfig) -> None:
+    """Put quantized layers, to be filled, in the place of a model's own.
+
+    The token embedding and the head have 8 bits in any case: rounding them costs the most.
+    """
+    assert config.quantization != "none"
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, Linear):
+                bits: Quantization = "int8" if module is model else config.quantization
+                inputs, outputs = layer.in_features, layer.out_features
+                setattr(module, name, QuantizedLinear(inputs, outputs, bias=layer.bias is not None, quantization=bits))
+    table = model.head if config.tie_weights else QuantizedLinear(config.d_model, config.vocab_size, bias=False)
+    assert isinstance(table, QuantizedLinear)
+    model.token_embedding = QuantizedEmbedding(table)
+
+
+def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows (O, I) to 8 bits: numbers -127 to 127 as int8, and the scale of each row (O,)."""
+    scale = weight.abs().amax(1).clamp(min=SMALLEST) / LARGEST
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+def round_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Round rows (O, I) to 4 bits: numbers 0 to 15 as uint8 (O, G, 64), scale and lowest value of each group (O, G)."""
+    groups = weight.view(len(weight), -1, GROUP)
+    low, high = groups.amin(-1), groups.amax(-1)
+    middle, half = (low + high) / 2, (high - low) / 2
+    least = torch.full_like(low, torch.inf)
+    numbers, scale, lowest = torch.zeros_like(groups, dtype=torch.uint8), torch.zeros_like(low), torch.zeros_like(low)
+    for shrink in SHRINKS:
+        begin, step = middle - shrink * half, (2 * shrink * half / LEVELS).clamp(min=SMALLEST)
+        found = ((groups - begin[..., None]) / step[..., None]).round().clamp(0, LEVELS)
+        error = (found * step[..., None] + begin[..., None] - groups).square().sum(-1)  # (O, G)
+        is_better = error < least
+        least, lowest, scale = (
+            torch.where(is_better, new, old) for new, old in ((error, least), (begin, lowest), (step, scale))
+        )
+        numbers = torch.where(is_better[..., None], found.to(torch.uint8), numbers)
+    return numbers, scale, lowest

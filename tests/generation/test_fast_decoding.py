@@ -1,0 +1,86 @@
+import copy
+from typing import Literal
+
+import pytest
+import torch
+
+from sheepop.config import ModelConfig
+from sheepop.generation.engine import decoder_for, generate_cached
+from sheepop.generation.generate import generate_naive
+from sheepop.generation.sampling import SamplingSettings
+from sheepop.models.kv_cache import KVCache
+from sheepop.models.quantization import quantize
+from sheepop.models.transformer import TransformerModel
+from sheepop.utils.errors import CheckpointError
+
+pytest.importorskip("numba")
+from sheepop.generation.fast_decoding import FastDecoder
+
+FAMILIES: dict[str, dict[str, object]] = {
+    "classic": {},
+    "modern": {"norm": "rmsnorm", "activation": "swiglu", "qk_norm": True, "num_kv_heads": 2, "tie_weights": False},
+    "learned, biases": {"positions": "learned", "bias": True, "activation": "gelu_tanh"},
+    "sinusoidal": {"positions": "sinusoidal", "activation": "relu"},
+    "no positions": {"positions": "none", "activation": "silu"},
+    "sliding window": {"sliding_window": 5, "activation": "relu_squared"},
+    "GPT-NeoX": {"parallel_residual": True, "rotary_dim": 6, "bias": True},
+    "groups of tokens": {"ngram_order": 3, "ngram_entries": 57, "activation": "geglu"},
+    "stretched": {"rope_scaling": "yarn", "rope_scaling_factor": 2.0},
+}
+
+
+def tiny(**changes: object) -> TransformerModel:
+    torch.manual_seed(11)
+    sizes = {"vocab_size": 31, "d_model": 64, "num_layers": 3, "num_heads": 4, "d_ff": 128, "max_seq_len": 18}
+    model = TransformerModel(ModelConfig.model_validate({**sizes, "init_std": 0.2, "dropout": 0.3, **changes}))
+    for name, parameter in model.named_parameters():  # norms and biases that are all alike would hide a mistake
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_compute_what_the_model_computes(
+    family: str, quantization: Literal["none", "int8", "int4"], num_rows: int
+) -> None:
+    model = tiny(**FAMILIES[family])
+    if quantization != "none":
+        model = quantize(model, quantization)
+    decoder = FastDecoder(model)
+    token_ids = torch.randint(0, 31, (num_rows, 17))
+    slow, fast = (KVCache(model.config, num_rows, capacity=18) for _ in range(2))
+    with torch.inference_mode():
+        for cache in (slow, fast):
+            model(token_ids[:, :6], cache=cache)
+        for at in range(6, 17):
+            newest = token_ids[:, at : at + 1]
+            torch.testing.assert_close(decoder(newest, fast), model(newest, cache=slow), rtol=1e-4, atol=2e-5)
+    for kept in ("keys", "values"):
+        found, wanted = (torch.stack(getattr(cache, kept))[..., :17, :] for cache in (fast, slow))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_texts_are_those_of_naive_generation_far_beyond_the_context(temperature: float) -> None:
+    model = tiny(**FAMILIES["modern"])
+    request = {"max_new_tokens": 40, "seed": 9, "num_samples": 2}
+    naive = generate_naive(model, [3, 1, 4], SamplingSettings(temperature), **request)  # type: ignore[arg-type]
+    cached = generate_cached(model, [3, 1, 4], SamplingSettings(temperature), decode=decoder_for(model), **request)  # type: ignore[arg-type]
+    assert cached == naive
+
+
+def test_scores_that_are_not_finite_are_noticed() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.blocks[1].feed_forward.output.weight[3, 5] = torch.nan  # type: ignore[union-attr, index]
+    with pytest.raises(CheckpointError, match="finite"):
+        generate_cached(model, [3], SamplingSettings(), max_new_tokens=3, seed=0, decode=FastDecoder(model))
+
+
+def test_the_model_itself_decodes_where_the_kernels_cannot() -> None:
+    model = tiny()
+    assert isinstance(decoder_for(model), FastDecoder)
+    assert decoder_for(copy.deepcopy(model).double()) is None
+    assert decoder_for(tiny(attention="reference")) is None

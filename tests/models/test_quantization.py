@@ -1,0 +1,98 @@
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sheepop.config import Config, ModelConfig
+from sheepop.models.pretrained import load_pretrained, save_weights, stored_weights
+from sheepop.models.quantization import quantize
+from sheepop.models.quantized_layers import GROUP, LARGEST, QuantizedLinear
+from sheepop.models.transformer import TransformerModel
+from sheepop.utils.errors import ConfigError
+from sheepop.utils.files import write_json
+
+BITS: list[Literal["int8", "int4"]] = ["int8", "int4"]
+
+
+def tiny(**changes: object) -> TransformerModel:
+    torch.manual_seed(5)
+    sizes = {"vocab_size": 41, "d_model": 64, "num_layers": 2, "num_heads": 4, "d_ff": 192, "max_seq_len": 12}
+    return TransformerModel(ModelConfig.model_validate({**sizes, "init_std": 0.1, **changes})).eval()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 3),
+    scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e4]),
+    shift=st.sampled_from([0.0, 3.0, -50.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_rounding_errs_by_half_a_step_in_8_bits_and_by_less_than_plain_rounding_in_4(
+    rows: int, groups: int, scale: float, shift: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = scale * (torch.randn(rows, groups * GROUP, generator=generator) + shift)
+    eight = QuantizedLinear(groups * GROUP, rows, bias=False, quantization="int8")
+    eight.fill(weight, None)
+    step = weight.abs().amax(1, keepdim=True) / LARGEST
+    assert ((eight.weight - weight).abs() <= step * 0.501).all()
+    four = QuantizedLinear(groups * GROUP, rows, bias=False, quantization="int4")
+    four.fill(weight, None)
+    grouped = weight.unflatten(1, (-1, GROUP))
+    step = (grouped.amax(-1) - grouped.amin(-1)) / 15
+    plain = (step[..., None] / 2).square().sum() * GROUP  # the most that rounding to the whole range can err
+    assert (four.weight - weight).square().sum() <= plain * 1.001 + scale**2 * 1e-9
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("weight", [torch.zeros(3, GROUP), torch.full((3, GROUP), 2.5)])
+def test_constant_weights_survive(bits: Literal["int8", "int4"], weight: torch.Tensor) -> None:
+    layer = QuantizedLinear(GROUP, 3, bias=False, quantization=bits)
+    layer.fill(weight, None)
+    torch.testing.assert_close(layer.weight, weight)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("changes", [{}, {"bias": True, "tie_weights": False}, {"ngram_order": 2, "norm": "rmsnorm"}])
+def test_the_model_stays_near_and_is_smaller(bits: Literal["int8", "int4"], changes: dict[str, object]) -> None:
+    model = tiny(**changes)
+    quantized = quantize(model, bits)
+    token_ids = torch.randint(0, 41, (2, 12))
+    with torch.no_grad():
+        before, after = model(token_ids), quantized(token_ids)
+        loss = quantized(token_ids, targets=token_ids)
+    error = ((after - before).square().mean() / before.var()).sqrt()
+    assert 0 < error < {"int8": 0.02, "int4": 0.3}[bits]
+    expected = torch.nn.functional.cross_entropy(after.flatten(0, 1), token_ids.flatten(), reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    sizes = [sum(t.numel() * t.element_size() for t in stored_weights(m).values()) for m in (model, quantized)]
+    assert sizes[1] < sizes[0] * {"int8": 0.5, "int4": 0.4}[bits]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_saved_and_loaded_it_is_the_same(tmp_path: Path, bits: Literal["int8", "int4"], tied: bool) -> None:
+    quantized = quantize(tiny(tie_weights=tied, bias=True), bits)
+    write_json(tmp_path / "config.json", Config(model=quantized.config).model_dump())
+    save_weights(stored_weights(quantized), quantized.config, tmp_path / "model.safetensors")
+    loaded = load_pretrained(tmp_path)
+    token_ids = torch.randint(0, 41, (2, 12))
+    with torch.no_grad():
+        assert torch.equal(loaded(token_ids), quantized(token_ids))
+
+
+def test_inputs_that_fill_no_group_keep_8_bits() -> None:
+    quantized = quantize(tiny(d_model=48, d_ff=192), "int4")
+    layers = {name: layer.is_packed for name, layer in quantized.named_modules() if isinstance(layer, QuantizedLinear)}
+    assert {name for name, is_packed in layers.items() if is_packed} == {
+        f"blocks.{i}.feed_forward.output" for i in (0, 1)
+    }
+
+
+def test_a_quantized_model_is_not_quantized_again() -> None:
+    with pytest.raises(ConfigError, match="int8"):
+        quantize(quantize(tiny(), "int8"), "int4")

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from sheepop.generation.vector_dots import GROUP, dot_int4, dot_int4_4, dot_int8, dot_int8_4
+from sheepop.generation.vector_dots import GROUP, dot_fp32, dot_fp32_4, dot_int4, dot_int4_4, dot_int8, dot_int8_4
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -30,22 +30,19 @@ def matmul_fp32(inputs: Floats, weight: Floats, bias: Floats, outputs: Floats, a
 
     With `adds` the result is added to what is there.
     """
-    rows = len(inputs)
+    rows, width = inputs.shape
+    whole = width - width % GROUP
     for o in prange(len(weight)):
         offset = bias[o] if len(bias) else NOTHING
         for n in range(0, rows - AT_ONCE + 1, AT_ONCE):
-            a = b = c = d = NOTHING
-            for i in range(weight.shape[1]):
-                value = weight[o, i]
-                a += inputs[n, i] * value
-                b += inputs[n + 1, i] * value
-                c += inputs[n + 2, i] * value
-                d += inputs[n + 3, i] * value
-            for m, total in enumerate((a, b, c, d)):
+            a, b, c, d = inputs[n], inputs[n + 1], inputs[n + 2], inputs[n + 3]
+            for m, total in enumerate(dot_fp32_4(a, b, c, d, weight[o])):
+                for i in range(whole, width):
+                    total += inputs[n + m, i] * weight[o, i]
                 outputs[n + m, o] = total + offset + (outputs[n + m, o] if adds else NOTHING)
         for n in range(rows - rows % AT_ONCE, rows):
-            total = NOTHING
-            for i in range(weight.shape[1]):
+            total = dot_fp32(inputs[n], weight[o])
+            for i in range(whole, width):
                 total += inputs[n, i] * weight[o, i]
             outputs[n, o] = total + offset + (outputs[n, o] if adds else NOTHING)
 
@@ -184,6 +181,7 @@ def attend(
     """
     kv_heads, page_size, width = keys.shape[1:]
     group = (projected.shape[1] - 2 * kv_heads) // kv_heads
+    whole = width - width % GROUP
     factor = np.float32(1 / math.sqrt(width))
     for task in prange(len(projected) * kv_heads):
         n, k = task // kv_heads, task % kv_heads
@@ -195,8 +193,9 @@ def attend(
             for h in range(group):
                 query = projected[n, k * group + h]
                 for t in range(max(start, first), min(end, first + page_size)):
-                    score, key = NOTHING, page[t - first]
-                    for c in range(width):
+                    key = page[t - first]
+                    score = dot_fp32(query, key)
+                    for c in range(whole, width):
                         score += query[c] * key[c]
                     scores[h, t] = score * factor
         for h in range(group):

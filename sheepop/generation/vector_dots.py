@@ -14,6 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 GROUP, HALF = 64, 32  # weights that are taken at a time, and their bytes in 4 bits (`models/quantized_layers.py`)
+LINE, AHEAD = 64, 2048  # bytes of a cache line, and how far ahead of the arithmetic weights are read
 FAST = ("contract", "reassoc", "nsz")  # fused, and added in any order
 
 FLOAT, BYTE, INT, LONG = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -32,6 +33,16 @@ def load(builder: Any, pointer: Any, index: Any, lanes: int) -> Any:
     return builder.load(place, align=1 if item == BYTE else 4)
 
 
+def fetch(builder: Any, pointer: Any, index: Any, lanes: int) -> None:
+    """Begin to read what `load` will want `AHEAD` bytes later; a processor by itself looks ahead too little."""
+    place = builder.ptrtoint(builder.gep(pointer, [index]), LONG)
+    for line in range(0, lanes * (4 if pointer.type.pointee == FLOAT else 1), LINE):
+        address = builder.inttoptr(builder.add(place, LONG(AHEAD + line)), BYTE.as_pointer())
+        prefetch = ir.FunctionType(ir.VoidType(), [address.type, INT, INT, INT])
+        function = cgutils.get_or_insert_function(builder.module, prefetch, "llvm.prefetch.p0")
+        builder.call(function, [address, INT(0), INT(3), INT(1)])  # to read, into all caches, data
+
+
 def multiply_add(builder: Any, left: Any, right: Any, total: Any) -> Any:
     """Return left * right + total."""
     return builder.fadd(builder.fmul(left, right, flags=FAST), total, flags=FAST)
@@ -48,15 +59,26 @@ def sum_of_lanes(builder: Any, vector: Any) -> Any:
     return builder.extract_element(vector, INT(0))
 
 
+def unpack_fp32(builder: Any, group: Any, values: Any) -> list[Any]:
+    """Return the 64 weights of a group as vectors of fp32, which they are."""
+    start = builder.mul(group, LONG(GROUP))
+    fetch(builder, values, start, GROUP)
+    return [load(builder, values, start, GROUP)]
+
+
 def unpack_int8(builder: Any, group: Any, values: Any) -> list[Any]:
     """Return the 64 weights of a group as vectors of fp32: bytes as they are."""
-    numbers = load(builder, values, builder.mul(group, LONG(GROUP)), GROUP)
+    start = builder.mul(group, LONG(GROUP))
+    fetch(builder, values, start, GROUP)
+    numbers = load(builder, values, start, GROUP)
     return [builder.sitofp(numbers, ir.VectorType(FLOAT, GROUP))]
 
 
 def unpack_int4(builder: Any, group: Any, values: Any, scale: Any, lowest: Any) -> list[Any]:
     """Return the 64 weights of a group as vectors of fp32: halves of bytes, times a scale, plus the lowest value."""
-    pairs = load(builder, values, builder.mul(group, LONG(HALF)), HALF)
+    start = builder.mul(group, LONG(HALF))
+    fetch(builder, values, start, HALF)
+    pairs = load(builder, values, start, HALF)
     step, low = (splat(builder, builder.load(builder.gep(pointer, [group])), HALF) for pointer in (scale, lowest))
     numbers = (
         builder.and_(pairs, ir.Constant(pairs.type, [15] * HALF)),
@@ -93,6 +115,18 @@ def code_of(unpack: Callable[..., list[Any]], rows: int) -> Callable[..., Any]:
         return sums[0] if rows == 1 else context.make_tuple(builder, signature.return_type, sums)
 
     return generate
+
+
+@intrinsic
+def dot_fp32(typing: Any, inputs: Any, values: Any) -> Any:  # noqa: ARG001 - numba's signature
+    """Return the product of inputs (I,) and values (I,)."""
+    return types.float32(inputs, values), code_of(unpack_fp32, 1)
+
+
+@intrinsic
+def dot_fp32_4(typing: Any, a: Any, b: Any, c: Any, d: Any, values: Any) -> Any:  # noqa: ARG001
+    """Return the products of four inputs (I,) and values (I,)."""
+    return types.UniTuple(types.float32, 4)(a, b, c, d, values), code_of(unpack_fp32, 4)
 
 
 @intrinsic

@@ -41,12 +41,12 @@ class FastDecoder:
         hidden = self.model.embed(token_ids, None, cache)[:, 0].contiguous().numpy()  # (N, D)
         positions = np.full(rows, cache.length)
         pages = np.arange(rows)[:, None]
-        normed = np.empty_like(hidden)
+        normed = aligned(rows, config.d_model)
         heads = config.num_heads + 2 * config.num_kv_heads
-        projected = np.empty((rows, heads, config.head_dim), dtype=np.float32)
-        mixed = np.empty((rows, config.num_heads, config.head_dim), dtype=np.float32)
-        inner = np.empty((rows, config.d_ff * (2 if config.is_gated else 1)), dtype=np.float32)
-        activated = np.empty((rows, config.d_ff), dtype=np.float32)
+        projected = aligned(rows, heads, config.head_dim)
+        mixed = aligned(rows, config.num_heads, config.head_dim)
+        inner = aligned(rows, config.d_ff * (2 if config.is_gated else 1))
+        activated = aligned(rows, config.d_ff)
         activation = kernels.ACTIVATION[config.activation]
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             stored = (positions, keys.numpy(), values.numpy(), pages)
@@ -65,7 +65,7 @@ class FastDecoder:
             kernels.activate(inner, activation, config.is_gated, activated)
             layer.feed_forward_output(activated, hidden, True)
         self.final_norm(hidden, normed)
-        logits = np.empty((rows, config.vocab_size), dtype=np.float32)
+        logits = aligned(rows, config.vocab_size)
         self.head(normed, logits, False)
         cache.advance(token_ids)
         return torch.from_numpy(logits)[:, None]
@@ -116,3 +116,8 @@ def norm_of(norm: nn.Module) -> Callable[[Floats, Floats], None]:
 def numbers(tensor: Any) -> NDArray[Any]:
     """Return a tensor's memory as an array."""
     return tensor.detach().numpy()  # type: ignore[no-any-return]
+
+
+def aligned(*shape: int) -> Floats:
+    """Return memory that begins at a cache line, as PyTorch's does and numpy's does not: vectors then lie in one line."""
+    return torch.empty(shape).numpy()

@@ -119,5 +119,5 @@ def numbers(tensor: Any) -> NDArray[Any]:
 
 
 def aligned(*shape: int) -> Floats:
-    """Return memory that begins at a cache line, as PyTorch's does and numpy's does not: vectors then lie in one line."""
+    """Return memory that begins at a cache line, so that no vector lies in two; numpy by itself does not see to it."""
     return torch.empty(shape).numpy()

@@ -1,6 +1,7 @@
 """Generation with a KV cache: each token costs one position, and all samples advance together as rows."""
 
 import importlib.util
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,7 +20,9 @@ from sheepop.generation.generate import (
 )
 from sheepop.generation.sampling import SamplingSettings, sample_tokens
 from sheepop.models.kv_cache import KVCache
+from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel, inference
+from sheepop.utils.logging import log
 
 # Maps the newest token of each row, (B, 1), to logits (B, 1, V), and adds it to the cache.
 Decode = Callable[[Tensor, KVCache], Tensor]
@@ -27,6 +30,7 @@ Decode = Callable[[Tensor, KVCache], Tensor]
 # Below this many parameters one token's matrix products are so short that handing them to a second core costs more
 # than it saves (`docs/log.md`).
 SMALL_MODEL = 4_000_000
+NOTICEABLE_SECONDS = 3.0  # compiled kernels are loaded in less
 
 
 def generate_cached(
@@ -114,14 +118,23 @@ def threads_for_decoding(model: TransformerModel) -> Iterator[None]:
 
 
 def decoder_for(model: TransformerModel) -> Decode | None:
-    """Return the compiled decoder of a model, or None where the model has to decode by itself.
+    """Return the compiled decoder of a model, or None where the model decodes by itself.
 
-    The kernels compute in fp32 on a CPU, and need numba; attention that was asked to be the reference stays that.
+    The kernels compute in fp32 on a CPU, and need numba, whose loading a small model does not repay; attention that was
+    asked to be the reference stays that. When they are compiled for the first time on a machine, that is said.
     """
-    if model.device.type != "cpu" or model.dtype != torch.float32 or model.config.attention == "reference":
+    config = model.config
+    is_small = count_parameters(config).total < SMALL_MODEL and config.quantization == "none"
+    if model.device.type != "cpu" or model.dtype != torch.float32 or config.attention == "reference" or is_small:
         return None
     if importlib.util.find_spec("numba") is None:
         return None
     from sheepop.generation.fast_decoding import FastDecoder
 
-    return FastDecoder(model)
+    decoder = FastDecoder(model)
+    began = time.perf_counter()
+    with torch.inference_mode():
+        decoder(torch.zeros((1, 1), dtype=torch.int64), KVCache(config, 1, capacity=1))
+    if (seconds := time.perf_counter() - began) > NOTICEABLE_SECONDS:
+        log(f"compiled the kernels for decoding in {seconds:.0f} s; they are kept for the next time")
+    return decoder

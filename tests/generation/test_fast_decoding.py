@@ -67,7 +67,8 @@ def test_texts_are_those_of_naive_generation_far_beyond_the_context(temperature:
     model = tiny(**FAMILIES["modern"])
     request = {"max_new_tokens": 40, "seed": 9, "num_samples": 2}
     naive = generate_naive(model, [3, 1, 4], SamplingSettings(temperature), **request)  # type: ignore[arg-type]
-    cached = generate_cached(model, [3, 1, 4], SamplingSettings(temperature), decode=decoder_for(model), **request)  # type: ignore[arg-type]
+    decode = FastDecoder(model)
+    cached = generate_cached(model, [3, 1, 4], SamplingSettings(temperature), decode=decode, **request)  # type: ignore[arg-type]
     assert cached == naive
 
 
@@ -79,8 +80,10 @@ def test_scores_that_are_not_finite_are_noticed() -> None:
         generate_cached(model, [3], SamplingSettings(), max_new_tokens=3, seed=0, decode=FastDecoder(model))
 
 
-def test_the_model_itself_decodes_where_the_kernels_cannot() -> None:
-    model = tiny()
-    assert isinstance(decoder_for(model), FastDecoder)
-    assert decoder_for(copy.deepcopy(model).double()) is None
+def test_the_model_itself_decodes_where_the_kernels_cannot_or_do_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decoder_for(tiny()) is None
+    assert isinstance(decoder_for(quantize(tiny(), "int8")), FastDecoder)
+    monkeypatch.setattr("sheepop.generation.engine.SMALL_MODEL", 0)
+    assert isinstance(decoder_for(tiny()), FastDecoder)
+    assert decoder_for(copy.deepcopy(tiny()).double()) is None
     assert decoder_for(tiny(attention="reference")) is None

@@ -12,7 +12,7 @@ from torch import Tensor
 from sheepop.config import ModelConfig
 from sheepop.data.tokenizer import Tokenizer, load_model_tokenizer
 from sheepop.interop.gguf_architectures import IMPORTED, as_architecture, fields_for, moves_of, settings_from
-from sheepop.interop.gguf_file import GgufFile
+from sheepop.interop.gguf_file import GgufFile, gguf_library
 from sheepop.interop.gguf_tokenizer import read_tokenizer, tokenizer_fields
 from sheepop.interop.imported import checked_settings, write_imported
 from sheepop.interop.llama_cpp_engine import llama_cpp
@@ -42,7 +42,7 @@ class Encoding:
 
 
 SMALLEST_FP16 = 2**-24
-ENCODINGS = {"f32": Encoding(0, 0.0, 1e-4), "f16": Encoding(1, 2**-11, 5e-3), "q8_0": Encoding(7, 1 / 127, 5e-2)}
+ENCODINGS = {"f32": Encoding(0, 0.0, 1e-4), "f16": Encoding(1, 2**-11, 5e-3), "q8_0": Encoding(7, 1 / 127, 0.15)}
 GELU_TOLERANCE = 5e-3  # more, where llama.cpp looks GELU up in a table of fp16
 
 
@@ -132,9 +132,8 @@ def write_gguf(
     path: Path, architecture: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], encoding: str
 ) -> None:
     """Write a file: numbers in 32 bits, matrices in an encoding."""
-    from gguf import GGMLQuantizationType, GGUFWriter, quantize
-
-    writer = GGUFWriter(path, architecture)
+    gguf = gguf_library()
+    writer = gguf.GGUFWriter(path, architecture)
     add: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
         int: writer.add_uint32,
@@ -145,8 +144,8 @@ def write_gguf(
     for key, value in fields.items():
         add[type(value)](key, value)
     for name, tensor in tensors.items():
-        kind = GGMLQuantizationType[encoding_of(name, tensor, encoding).upper()]
-        writer.add_tensor(name, quantize(tensor.numpy(), kind), raw_dtype=kind)
+        kind = gguf.GGMLQuantizationType[encoding_of(name, tensor, encoding).upper()]
+        writer.add_tensor(name, gguf.quantize(tensor.numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -189,8 +188,8 @@ def prove(path: Path, model: TransformerModel, tokenizer: Tokenizer, encoding: s
         raise CheckpointError("The export is not the same model: read again, its tokenizer gives other tokens.")
     if importlib.util.find_spec("llama_cpp") is None:
         log(
-            "proved by reading the file back; llama-cpp-python is not installed, so that it was not compared with "
-            "llama.cpp: pip install llama-cpp-python"
+            "read back it is the same; llama-cpp-python is not installed, so that the export was not compared with "
+            "llama.cpp itself: pip install llama-cpp-python"
         )
         return
     if rounding:  # llama.cpp computes with the rounded weights

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -65,10 +66,8 @@ class GgufFile(Mapping[str, Tensor]):
             raise CheckpointError(f"{path} is not a whole GGUF file: {error}. Get it again from its source.") from None
 
     def __getitem__(self, name: str) -> Tensor:
-        from gguf import GGMLQuantizationType, dequantize
-
-        stored = self.encoded[name]
-        numbers = dequantize(stored.rows, GGMLQuantizationType[stored.kind])
+        stored, gguf = self.encoded[name], gguf_library()
+        numbers = gguf.dequantize(stored.rows, gguf.GGMLQuantizationType[stored.kind])
         return torch.from_numpy(np.array(numbers, np.float32)).view(stored.shape)
 
     def __contains__(self, name: object) -> bool:
@@ -84,6 +83,19 @@ class GgufFile(Mapping[str, Tensor]):
     def num_stored(self) -> int:
         """How many numbers all tensors have."""
         return sum(prod(tensor.shape) for tensor in self.encoded.values())
+
+
+def gguf_library() -> ModuleType:
+    """Return the library `gguf`.
+
+    Raises:
+        CheckpointError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise CheckpointError("GGUF files need the package gguf. Install it: pip install 'sheepop[interop]'.") from None
+    return gguf
 
 
 class Cursor:
@@ -187,15 +199,14 @@ def encoded(content: NDArray[np.uint8], name: str, shape: tuple[int, ...], code:
         ValueError: there is no such place.
         CheckpointError: we do not know the type.
     """
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    kind = next((kind.name for kind in GGMLQuantizationType if kind.value == code), f"number {code}")
+    gguf = gguf_library()
+    kind = next((kind.name for kind in gguf.GGMLQuantizationType if kind.value == code), f"number {code}")
     if kind not in TENSOR_TYPES:
         raise CheckpointError(
             f"The tensor {name} has the type {kind}, which sheepop cannot read; known are {', '.join(TENSOR_TYPES)}. "
             "Get the model in one of these."
         )
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     num_rows, width = prod(shape[:-1]), shape[-1]
     size = num_rows * (width // block) * block_bytes
     if not size or width % block or begin + size > len(content):

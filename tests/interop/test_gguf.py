@@ -602,3 +602,10 @@ def test_the_commands(tmp_path, checkpoint):
     assert done.returncode == 4
     assert "Traceback" not in done.stderr
     assert "is not a whole GGUF file" in done.stderr
+
+
+def test_without_the_library_it_is_named(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(CheckpointError, match=r"need the package gguf\. .* 'sheepop\[interop\]'"):
+        export_model(checkpoint("modern"), tmp_path / "model.gguf", file_format="gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -386,13 +386,16 @@ def report(run: Annotated[Path, typer.Argument(help="the run's folder")]) -> Non
 @app.command()
 def export(
     checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Option(help="the folder to write")],
-    format: Annotated[str, typer.Option(help="hf: a folder that transformers loads")] = "hf",  # noqa: A002
+    output: Annotated[Path, typer.Option(help="the folder, or for gguf the file, to write")],
+    format: Annotated[  # noqa: A002
+        str, typer.Option(help="hf: a folder that transformers loads; gguf: a file for llama.cpp")
+    ] = "hf",
+    weights: Annotated[str, typer.Option(help="of a gguf file: f32, or rounded to f16 or q8_0 (8 bits)")] = "f32",
 ) -> None:
     """Write a model for other engines, and prove that it computes the same there."""
     from sheepop.interop.convert import export_model
 
-    export_model(checkpoint, output, file_format=format)
+    export_model(checkpoint, output, file_format=format, encoding=weights)
 
 
 @app.command()
@@ -413,7 +416,9 @@ def quantize(
 
 @app.command(name="import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="a Hugging Face folder, a .bin of llama2.c, or a .pt of nanoGPT")],
+    source: Annotated[
+        Path, typer.Argument(help="a Hugging Face folder, a .gguf file, a .bin of llama2.c, or a .pt of nanoGPT")
+    ],
     output: Annotated[Path, typer.Option(help="the checkpoint to write")],
     tokenizer: Annotated[Path | None, typer.Option(help="PATH of a tokenizer, in place of the model's own")] = None,
 ) -> None:

@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from sheepop.data.characters import NUM_CODE_POINTS
 from sheepop.data.fast_bpe import FastBpe, fast_bpe, has_unassigned
 from sheepop.data.stream_decoder import StreamDecoder
-from sheepop.data.tokenizer_import import KNOWN_END_TOKENS, TOKENIZER_FILE, load_backend
+from sheepop.data.text_marks import KNOWN_END_TOKENS, set_text_marks, text_marks
+from sheepop.data.tokenizer_import import TOKENIZER_FILE, load_backend
 from sheepop.data.tokenizer_parts import (
-    CL100K,
-    O200K,
+    CUT_AT_WHITE_SPACE,
     PIECE_CHARACTERS,
     REPLACEMENT,
     UNKNOWN,
-    WORDS,
     byte_name,
     cut,
     splitting_pattern,
@@ -60,6 +59,12 @@ class Tokenizer:
     """A vocabulary and the way from text to its numbers and back.
 
     Made by `train` or `load`.
+
+    Attributes:
+        end_of_text, end_of_text_id: the token between documents, which also ends what a model writes.
+        start_ids: what a text begins with: the end of the one before, a token of its own, or nothing.
+        marks: both as `tokenizer.json` has them.
+        vocab_size: the highest id and one more.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -70,14 +75,18 @@ class Tokenizer:
         self._backend = backend
         self._characters_encoded = 0
         self._layout = json.loads(backend.to_str())
-        known = [name for name in KNOWN_END_TOKENS if backend.token_to_id(name) is not None]
-        special = {added["content"] for added in self._layout["added_tokens"] if added["special"]}
-        end = next((name for name in known if name in special), next(iter(known), None))
-        if end is None:
-            raise DataError(f"The tokenizer has no token that ends a text, none of {', '.join(KNOWN_END_TOKENS)}.")
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
-        self.end_of_text = end
-        self.end_of_text_id: int = vocabulary[end]
+        self.marks = marks = text_marks(self._layout, vocabulary)
+        if marks.end is None:
+            raise DataError(f"The tokenizer has no token that ends a text, none of {', '.join(KNOWN_END_TOKENS)}.")
+        start = (marks.end,) if marks.start is None else marks.start
+        if not {*start, marks.end} <= vocabulary.keys():
+            raise DataError(
+                f"The tokenizer begins or ends a text with {', '.join({*start, marks.end})}, unknown to it."
+            )
+        self.end_of_text = marks.end
+        self.end_of_text_id: int = vocabulary[marks.end]
+        self.start_ids: list[int] = [vocabulary[name] for name in start]
         self.vocab_size: int = max(vocabulary.values()) + 1  # imported numbers may have gaps
 
     @property
@@ -86,7 +95,18 @@ class Tokenizer:
         model = self._layout["model"]
         if model["type"] == "WordLevel":
             return "word"
-        return "char" if model["type"] == "BPE" and not model["merges"] else "bpe"
+        is_char = not model.get("merges") and model.get("byte_fallback") and self._layout["normalizer"] is None
+        return "char" if is_char else "bpe"
+
+    @property
+    def begin_of_text_id(self) -> int:
+        """The first token of a text that has no other."""
+        return next(iter(self.start_ids), self.end_of_text_id)
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The tokens that never come out of plain text, with their ids."""
+        return {added["content"]: added["id"] for added in self._layout["added_tokens"] if added["special"]}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -119,6 +139,13 @@ class Tokenizer:
             DataError: there is none, or it is damaged.
         """
         return cls(load_backend(path))
+
+    def with_marks(self, start_ids: Sequence[int], end_of_text_id: int) -> "Tokenizer":
+        """Return the same tokenizer with other tokens that begin and end a text."""
+        backend = tokenizers.Tokenizer.from_str(self.to_json())
+        *start, end = (str(backend.id_to_token(number)) for number in (*start_ids, end_of_text_id))
+        set_text_marks(backend, start, end)
+        return Tokenizer(backend)
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json` in one step."""
@@ -220,9 +247,7 @@ class Tokenizer:
 
     @cached_property
     def _splits_at_white_space(self) -> bool:
-        if self.kind == "char":
-            return self._layout["normalizer"] is None
-        return splitting_pattern(self._layout) in ("gpt2", WORDS, CL100K, O200K)
+        return self.kind == "char" or splitting_pattern(self._layout) in CUT_AT_WHITE_SPACE
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids; special tokens have none, and bytes that are no character give U+FFFD.

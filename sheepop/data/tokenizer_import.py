@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import json
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -9,14 +10,13 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models
 
+from sheepop.data.text_marks import text_marks
 from sheepop.data.tokenizer_parts import CL100K, END_OF_TEXT, O200K, byte_level, byte_level_table, special_token
 from sheepop.utils.errors import ConfigError, DataError
 from sheepop.utils.logging import log
 
 TOKENIZER_FILE = "tokenizer.json"
 TIKTOKEN_SUFFIX = ".tiktoken"
-# The names that others give to the token between documents, in the order in which they are looked for.
-KNOWN_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|bos|>", "<s>")
 
 
 @dataclass(frozen=True)
@@ -24,26 +24,26 @@ class TiktokenScheme:
     """What a `.tiktoken` file leaves out (openai/tiktoken, `openai_public.py`).
 
     Attributes:
-        pattern: splits the text; None for GPT-2's.
+        patterns: split the text; none for GPT-2's way.
         num_ranks: entries of the published vocabulary, to which alone the special tokens belong.
         special_tokens: their ids.
     """
 
-    pattern: str | None
+    patterns: tuple[str, ...]
     num_ranks: int
     special_tokens: dict[str, int]
 
 
 _FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 TIKTOKEN_SCHEMES = {
-    "r50k": TiktokenScheme(None, 50256, {END_OF_TEXT: 50256}),
-    "p50k": TiktokenScheme(None, 50280, {END_OF_TEXT: 50256}),
+    "r50k": TiktokenScheme((), 50256, {END_OF_TEXT: 50256}),
+    "p50k": TiktokenScheme((), 50280, {END_OF_TEXT: 50256}),
     "cl100k": TiktokenScheme(
-        CL100K,
+        (CL100K,),
         100256,
         {END_OF_TEXT: 100257} | {name: 100258 + n for n, name in enumerate(_FIM)} | {"<|endofprompt|>": 100276},
     ),
-    "o200k": TiktokenScheme(O200K, 199998, {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),
+    "o200k": TiktokenScheme((O200K,), 199998, {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),
 }
 SCHEME_ALIASES = {"gpt2": "r50k"}
 
@@ -114,7 +114,7 @@ def load_tiktoken(path: Path, scheme: str | None = None) -> tokenizers.Tokenizer
     vocabulary = {name_of(token): rank for token, rank in ranks.items()} | special
     # tiktoken looks whole words up before it merges, which matters where merges alone would not make the word.
     whole_words = any(len(pairs) != 1 for pairs in splits.values())
-    backend = byte_level(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole_words), known.pattern)
+    backend = byte_level(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole_words), *known.patterns)
     backend.add_special_tokens([special_token(name) for name in sorted(special, key=special.__getitem__)])
     return backend
 
@@ -124,7 +124,7 @@ def _load_json(file: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(f"{file} is not a whole {TOKENIZER_FILE}: {error}.") from None
-    if all(backend.token_to_id(name) is None for name in KNOWN_END_TOKENS):
+    if text_marks(json.loads(backend.to_str()), backend.get_vocab()).end is None:
         backend.add_special_tokens([special_token(END_OF_TEXT)])
         log(f"{file} has no token that ends a text; {END_OF_TEXT} was added as {backend.token_to_id(END_OF_TEXT)}")
     return backend

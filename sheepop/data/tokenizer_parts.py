@@ -1,7 +1,7 @@
 """What tokenizers are made of: names of bytes and special tokens, patterns that split text, pieces of long texts."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import tokenizers
@@ -23,11 +23,24 @@ O200K = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# The patterns of Llama 3, Qwen2 and Mistral's Tekken, which descend from these, and GPT-2's own written out.
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace("{1,3}", "")
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Encoding takes hundreds of bytes of memory a token and one core a text, so long texts are encoded in pieces. White
 # space after a letter or digit begins a new token in GPT-2's splitting and in the patterns above, whatever stands
 # around it.
 PIECE_CHARACTERS = 100_000
 PIECE_END = re.compile(r"(?<=[^\W_])(?=[ \n])")
+CUT_AT_WHITE_SPACE = ("gpt2", WORDS, CL100K, O200K, LLAMA3, QWEN2, TEKKEN)
 
 
 def special_token(name: str) -> AddedToken:
@@ -50,16 +63,25 @@ def byte_level_table() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
-def byte_level(model: models.BPE, pattern: str | None = None) -> tokenizers.Tokenizer:
-    """Return a tokenizer of bytes that splits text with `pattern`, or as GPT-2 does."""
+def byte_level(model: models.BPE, *patterns: str) -> tokenizers.Tokenizer:
+    """Return a tokenizer of bytes that splits text with each pattern in turn, or with none as GPT-2 does."""
     backend = tokenizers.Tokenizer(model)
-    if pattern is None:
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    else:
-        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-        as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not patterns)
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, as_bytes]) if patterns else as_bytes
     backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def bytes_beside(characters: Container[str]) -> list[int]:
+    """Return the bytes that a character outside of a vocabulary can have: ASCII that it lacks, all of UTF-8 beyond."""
+    return [byte for byte in range(0x80) if chr(byte) not in characters] + [*range(0x80, 0xC0), *range(0xC2, 0xF5)]
+
+
+def characters_and_bytes(ids: dict[str, int]) -> tokenizers.Tokenizer:
+    """Return a tokenizer of characters over a vocabulary that has the bytes of all others, as `byte_name` has them."""
+    backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return backend
 
 

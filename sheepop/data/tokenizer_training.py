@@ -13,6 +13,8 @@ from sheepop.data.tokenizer_parts import (
     WORDS,
     byte_level,
     byte_name,
+    bytes_beside,
+    characters_and_bytes,
     cut,
     special_token,
 )
@@ -46,13 +48,8 @@ def train_char(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
         counts.update(text)
     ranked = sorted(counts, key=lambda character: (-counts[character], character))
     kept = sorted(ranked[: max(0, vocab_size - 1)])
-    # The bytes that a character outside the vocabulary can have: ASCII that was not kept, and all of UTF-8 beyond.
-    rest = [byte for byte in range(0x80) if chr(byte) not in kept] + [*range(0x80, 0xC0), *range(0xC2, 0xF5)]
-    names = [END_OF_TEXT, *kept, *map(byte_name, rest)]
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[], byte_fallback=True)
-    )
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    names = [END_OF_TEXT, *kept, *map(byte_name, bytes_beside(kept))]
+    backend = characters_and_bytes({name: number for number, name in enumerate(names)})
     backend.add_special_tokens([special_token(END_OF_TEXT)])
     return backend
 

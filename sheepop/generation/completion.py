@@ -95,7 +95,7 @@ def complete(
     generate = partial(generate_cached, decode=decode) if optimized else generate_naive
     continuations = generate(
         model,
-        [tokenizer.end_of_text_id, *tokenizer.encode(prompt)],
+        [*tokenizer.start_ids, *tokenizer.encode(prompt)],
         settings,
         max_new_tokens=max_new_tokens,
         seed=seed,

@@ -2,17 +2,18 @@
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sheepop.config import ModelConfig, parse_config
+from sheepop.config import ModelConfig
 from sheepop.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_model_tokenizer
-from sheepop.interop.imported import write_imported
+from sheepop.interop.imported import checked_settings, write_imported
 from sheepop.interop.moves import weights_for, weights_from
+from sheepop.interop.proof import prove_same
 from sheepop.interop.stock_classes import GPT2, STOCK_CLASSES, StockClass, stock_class_for
 from sheepop.models.positions import sinusoidal_table
 from sheepop.models.pretrained import (
@@ -24,16 +25,13 @@ from sheepop.models.pretrained import (
     save_tensors,
     stored_weights,
 )
-from sheepop.models.sizing import count_parameters
-from sheepop.models.transformer import TransformerModel, inference
-from sheepop.utils.errors import CheckpointError, ConfigError
+from sheepop.models.transformer import TransformerModel
+from sheepop.utils.errors import CheckpointError
 from sheepop.utils.files import atomic_folder, read_json, write_json
 from sheepop.utils.logging import log
 
+TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
 INDEX_FILE = "model.safetensors.index.json"
-PROOF_TEXT = "The proof of the pudding is in the eating: 3 cups of flour, Σ x² ≥ 0, naïve café.\n"
-PROOF_TOKENS = 64
-LONGEST = 2**24  # tokens of a context; a file that says more is damaged
 # Of logits in fp32, over their largest absolute value; two orders above what another order of sums makes.
 TOLERANCE = 1e-4
 
@@ -51,7 +49,7 @@ def export_huggingface(checkpoint: Path, output: Path) -> None:
     tokenizer = load_model_tokenizer(folder, model.config.vocab_size)
     stock, settings, weights = as_stock(model.config, stored_weights(model))
     with atomic_folder(output) as temporary:
-        write_json(temporary / CONFIG_FILE, settings_of(stock, settings, tokenizer.end_of_text_id))
+        write_json(temporary / CONFIG_FILE, settings_of(stock, settings, tokenizer))
         moved = weights_for(stock.moves(settings), weights, settings)
         save_tensors(moved, temporary / WEIGHTS_FILE, {"format": "pt"})
         write_tokenizer(temporary, tokenizer, settings.max_seq_len)
@@ -62,27 +60,38 @@ def export_huggingface(checkpoint: Path, output: Path) -> None:
 def as_stock(settings: ModelConfig, weights: Mapping[str, Tensor]) -> tuple[StockClass, ModelConfig, dict[str, Tensor]]:
     """Return a stock class, and the model as an instance of it: absolute positions as a table of learned ones.
 
-    No positions are zeros; sinusoidal ones are the table of waves, with the scaling of the token embedding done
-    beforehand, so that a tied head becomes one of its own.
-
     Raises:
         CheckpointError: there is no such class.
     """
+    learned, moved = with_learned_positions(settings, weights)
+    if learned != settings and not GPT2.misfits(learned):
+        return GPT2, learned, moved
+    return stock_class_for(settings), settings, dict(weights)
+
+
+def with_learned_positions(
+    settings: ModelConfig, weights: Mapping[str, Tensor]
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Return the same model with a table of learned positions, unless its positions are rotary.
+
+    No positions are zeros; sinusoidal ones are the table of waves, with the scaling of the token embedding done
+    beforehand, so that a tied head becomes one of its own.
+    """
     weights = dict(weights)
-    learned = settings.model_copy(update={"positions": "learned"})
-    if settings.positions not in ("none", "sinusoidal") or GPT2.misfits(learned):
-        return stock_class_for(settings), settings, weights
+    if settings.positions not in ("none", "sinusoidal"):
+        return settings, weights
+    changes: dict[str, Any] = {"positions": "learned"}
     if settings.positions == "none":
         weights["position_embedding.weight"] = torch.zeros(settings.max_seq_len, settings.d_model)
     else:
         weights["position_embedding.weight"] = sinusoidal_table(settings.max_seq_len, settings.d_model)
         weights.setdefault("head.weight", weights["token_embedding.weight"])
         weights["token_embedding.weight"] = weights["token_embedding.weight"] * math.sqrt(settings.d_model)
-        learned = learned.model_copy(update={"tie_weights": False})
-    return GPT2, learned, weights
+        changes["tie_weights"] = False
+    return settings.model_copy(update=changes), weights
 
 
-def settings_of(stock: StockClass, settings: ModelConfig, end_of_text_id: int) -> dict[str, Any]:
+def settings_of(stock: StockClass, settings: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the content of `config.json`."""
     return {
         "architectures": [stock.name],
@@ -90,8 +99,8 @@ def settings_of(stock: StockClass, settings: ModelConfig, end_of_text_id: int) -
         "vocab_size": settings.vocab_size,
         "tie_word_embeddings": settings.tie_weights,
         "initializer_range": settings.init_std,
-        "bos_token_id": end_of_text_id,
-        "eos_token_id": end_of_text_id,
+        "bos_token_id": tokenizer.begin_of_text_id,
+        "eos_token_id": tokenizer.end_of_text_id,
         "torch_dtype": "float32",
         **stock.settings_for(settings),
     }
@@ -100,13 +109,12 @@ def settings_of(stock: StockClass, settings: ModelConfig, end_of_text_id: int) -
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
     """Write a tokenizer as `AutoTokenizer` finds it."""
     tokenizer.save(folder / TOKENIZER_FILE)
-    end = tokenizer.end_of_text
     write_json(
-        folder / "tokenizer_config.json",
+        folder / TOKENIZER_SETTINGS_FILE,
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": end,
-            "eos_token": end,
+            "bos_token": tokenizer.token_text(tokenizer.begin_of_text_id),
+            "eos_token": tokenizer.end_of_text,
             "model_max_length": max_seq_len,
             "clean_up_tokenization_spaces": False,
         },
@@ -131,37 +139,15 @@ def prove(folder: Path, model: TransformerModel, tokenizer: Tokenizer) -> None:
     their_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs.train(False)
-    their_ids = AutoTokenizer.from_pretrained(folder)(PROOF_TEXT, add_special_tokens=False)["input_ids"]
-    own_ids = tokenizer.encode(PROOF_TEXT)
-    if their_ids != own_ids:
-        raise CheckpointError(f"The exported tokenizer differs: it gives {their_ids[:20]}, ours {own_ids[:20]}.")
-    generator = torch.Generator().manual_seed(0)
-    length = min(model.config.max_seq_len, 512)
-    token_ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)  # (B, T)
-    text = (own_ids * length)[:length]
-    token_ids[0] = torch.tensor(text)
-    prompt = text[: max(1, length // 2)]
-    count = min(PROOF_TOKENS, model.config.max_seq_len - len(prompt))
-    with inference(model), torch.inference_mode():
-        own, other = model(token_ids), theirs(token_ids).logits
-        is_same_text = greedy(model, prompt, count) == greedy(lambda ids: theirs(ids).logits, prompt, count)
-    difference, largest = float((own - other).abs().max()), float(own.abs().max())
-    if not difference <= TOLERANCE * largest:
-        raise CheckpointError(
-            f"The export is not the same model: its logits differ by up to {difference:.3g}, of {largest:.3g} at most. "
-            "Please report this with the model's config.json."
-        )
-    if not is_same_text:
-        raise CheckpointError("The export is not the same model: its greedy tokens differ.")
-    log(f"proved with transformers: logits differ by at most {difference:.2g}, {count} greedy tokens are the same")
-
-
-def greedy(logits_of: Callable[[Tensor], Tensor], prompt: list[int], count: int) -> list[int]:
-    """Return the likeliest tokens after a prompt, one after the other."""
-    written = list(prompt)
-    for _ in range(count):
-        written.append(int(logits_of(torch.tensor([written]))[0, -1].argmax()))
-    return written[len(prompt) :]
+    their_tokenizer = AutoTokenizer.from_pretrained(folder)
+    prove_same(
+        "transformers",
+        model,
+        tokenizer,
+        encode=lambda text: their_tokenizer(text, add_special_tokens=False)["input_ids"],
+        logits_of=lambda token_ids: theirs(token_ids).logits,
+        tolerance=TOLERANCE,
+    )
 
 
 def import_huggingface(folder: Path, output: Path, tokenizer_path: Path | None = None) -> None:
@@ -181,7 +167,42 @@ def import_huggingface(folder: Path, output: Path, tokenizer_path: Path | None =
     settings = settings_from(stock, theirs, weights, str(folder))
     moves = stock.moves(settings)
     moved = weights_from(moves, with_prefix(weights, moves[0].theirs[0]), settings, str(folder))
-    write_imported(output, settings, moved, load_model_tokenizer(tokenizer_path or folder, settings.vocab_size))
+    tokenizer = load_model_tokenizer(tokenizer_path or folder, settings.vocab_size)
+    write_imported(output, settings, moved, tokenizer if tokenizer_path else with_marks_of(folder, tokenizer))
+
+
+def with_marks_of(folder: Path, tokenizer: Tokenizer) -> Tokenizer:
+    """Return a tokenizer that begins and ends texts as a folder's other files say.
+
+    The end is the first token for it that they name. What a text begins with is in `tokenizer.json` itself, in its
+    template; without one nothing stands before a text, but where one token is both begin and end, as with GPT-2, a text
+    begins with the end of the one before.
+    """
+    names = (TOKENIZER_SETTINGS_FILE, "generation_config.json", CONFIG_FILE)
+    files = [read_json(folder / name, CheckpointError) for name in names if (folder / name).is_file()]
+
+    def said(mark: str) -> int | None:
+        for value in (file.get(key) for file in files for key in (f"{mark}_token", f"{mark}_token_id")):
+            first = value[0] if isinstance(value, list) and value else value
+            name = first.get("content") if isinstance(first, dict) else first
+            for special, number in tokenizer.special_ids.items():
+                if name in (special, number):
+                    return number
+        return None
+
+    begin, end = said("bos"), said("eos")
+    adds = next((file["add_bos_token"] for file in files if file.get("add_bos_token") is not None), None)
+    if end is None:
+        return tokenizer
+    if tokenizer.marks.start is not None and adds is not False:
+        start = tokenizer.start_ids
+    elif begin is not None and (adds or (adds is None and begin == end)):
+        start = [begin]
+    else:
+        start = []
+    if (start, end) == (tokenizer.start_ids, tokenizer.end_of_text_id):
+        return tokenizer
+    return tokenizer.with_marks(start, end)
 
 
 def stock_class_of(theirs: Mapping[str, Any]) -> StockClass:
@@ -208,25 +229,14 @@ def settings_from(
     """
     if theirs.get("quantization_config"):
         raise CheckpointError(f"{source} is quantized; import the model as it was before, or its GGUF file.")
-    try:
-        ours = stock.settings_from(theirs)
-        head = next((name for name in ("lm_head.weight", "embed_out.weight") if name in weights), None)
-        is_tied = theirs.get("tie_word_embeddings", stock.model_types[0] == "gpt2")
-        ours |= {"vocab_size": theirs.get("vocab_size"), "tie_weights": bool(is_tied) or head is None}
-        model = parse_config({"model": ours}, source=f"{source}/{CONFIG_FILE}").model
-    except CheckpointError:
-        raise
-    except ConfigError as error:
-        raise CheckpointError(f"The model's settings cannot be used. {error}") from None
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise CheckpointError(f"{source}/{CONFIG_FILE} is not the settings of a model ({error}).") from None
-    stored = sum(tensor.numel() for tensor in weights.values())
-    if count_parameters(model).total > 2 * stored or model.max_seq_len > LONGEST:  # up to half may be absent biases
-        raise CheckpointError(
-            f"{source} does not fit its own settings: they ask for {count_parameters(model).total} weights, of which "
-            f"there are {stored}, and a context of {model.max_seq_len} tokens."
-        )
-    return model
+
+    def ours() -> dict[str, Any]:
+        has_head = any(name in weights for name in ("lm_head.weight", "embed_out.weight"))
+        is_tied = bool(theirs.get("tie_word_embeddings", stock.model_types[0] == "gpt2"))
+        embedding = {"vocab_size": theirs.get("vocab_size"), "tie_weights": is_tied or not has_head}
+        return stock.settings_from(theirs) | embedding
+
+    return checked_settings(ours, sum(tensor.numel() for tensor in weights.values()), f"{source}/{CONFIG_FILE}")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

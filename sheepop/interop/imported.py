@@ -1,17 +1,20 @@
 """What every import ends with: a checkpoint of ours without the state of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from sheepop.config import Config, ModelConfig
+from sheepop.config import Config, ModelConfig, parse_config
 from sheepop.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from sheepop.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, save_weights, write_manifest
 from sheepop.models.sizing import count_parameters
-from sheepop.utils.errors import ConfigError
+from sheepop.utils.errors import CheckpointError, ConfigError
 from sheepop.utils.files import atomic_folder, write_json
 from sheepop.utils.logging import format_count, log
+
+LONGEST = 2**24  # tokens of a context; a file that says more is damaged
 
 
 def refuse_to_replace(output: Path) -> None:
@@ -22,6 +25,34 @@ def refuse_to_replace(output: Path) -> None:
     """
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise ConfigError(f"There is something at {output} already. Name another --output, or remove it.")
+
+
+def checked_settings(read: Callable[[], Mapping[str, Any]], num_stored: int, source: str) -> ModelConfig:
+    """Return the settings of a model that a file of others tells.
+
+    Args:
+        read: gives our settings (of section `model`) for theirs.
+        num_stored: how many numbers its weights have.
+        source: where the settings are, for the message.
+
+    Raises:
+        CheckpointError: they are missing, of a wrong type, ask for what we do not have, or for other weights.
+    """
+    try:
+        model = parse_config({"model": dict(read())}, source=source).model
+    except CheckpointError:
+        raise
+    except ConfigError as error:
+        raise CheckpointError(f"The model's settings cannot be used. {error}") from None
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise CheckpointError(f"{source} is not the settings of a model ({error}).") from None
+    needed = count_parameters(model).total
+    if needed > 2 * num_stored or model.max_seq_len > LONGEST:  # up to half may be absent biases
+        raise CheckpointError(
+            f"{source} does not fit its own weights: it asks for {needed} numbers, of which there are {num_stored}, "
+            f"and a context of {model.max_seq_len} tokens."
+        )
+    return model
 
 
 def write_imported(output: Path, settings: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:

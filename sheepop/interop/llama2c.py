@@ -4,15 +4,14 @@ import struct
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
-from tokenizers import decoders, models, normalizers
 from torch import Tensor
 
 from sheepop.config import ModelConfig
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.data.tokenizer_parts import byte_name, special_token
 from sheepop.interop.imported import write_imported
+from sheepop.interop.scored_pieces import SPACE, merges_of, scored_pieces
 from sheepop.utils.errors import CheckpointError
 
 HEADER = struct.Struct("<7i")
@@ -135,23 +134,11 @@ def read_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
             f"{file} is not the tokenizer of a model with {vocab_size} tokens: {error}, after {len(pieces)} pieces."
         ) from None
     names = ["<unk>", BEGINNING, "</s>", *(byte_name(byte) for byte in range(256))]
-    names += [piece.replace(" ", "▁") for piece, _ in pieces[len(names) :]]
+    names += [piece.replace(" ", SPACE) for piece, _ in pieces[len(names) :]]
     names = names[:vocab_size]
     ids = {name: number for number, name in reversed(list(enumerate(names)))}
-    merges = []
-    for number in range(FIRST_BYTE + 256, len(names)):
-        halves = ((names[number][:cut], names[number][cut:]) for cut in range(1, len(names[number])))
-        merges += [(-pieces[number][1], number, pair) for pair in halves if pair[0] in ids and pair[1] in ids]
-    merges.sort(key=lambda merge: merge[:2])
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab=ids, merges=[pair for *_, pair in merges], unk_token="<unk>", byte_fallback=True, fuse_unk=True
-        )
-    )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    merges = merges_of(ids, [score for _, score in pieces], names[FIRST_BYTE + 256 :])
+    backend = scored_pieces(ids, merges, unknown="<unk>", prefix=True)
     # llama2.c begins every text with this mark and ends it at the next.
     backend.add_special_tokens([special_token(BEGINNING)])
     return Tokenizer(backend)

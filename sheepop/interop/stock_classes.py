@@ -5,15 +5,16 @@ defaults are those of `transformers` 5 (and 4, where they differ); formulas are 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from sheepop.config import ModelConfig
 from sheepop.interop.moves import Move, interleaved, linear, parted, reordered, same, transposed
 from sheepop.utils.errors import CheckpointError
 
 Settings = dict[str, Any]
+K = TypeVar("K", bound="Kind")
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu", "relu_squared": "relu2"}
 GATES = {"swiglu": "silu", "geglu": "gelu"}
@@ -480,24 +481,42 @@ QWEN3 = StockClass("Qwen3ForCausalLM", ("qwen3",), qwen3_misfits, qwen3_settings
 STOCK_CLASSES = (GPT2, GPT_NEOX, LLAMA, QWEN3)
 
 
+class Kind(Protocol):
+    """A kind of model elsewhere: its name, and the settings that it cannot express, each with the reason."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def misfits(self) -> Callable[[ModelConfig], dict[str, str]]: ...  # noqa: D102
+
+
 def stock_class_for(model: ModelConfig) -> StockClass:
     """Return the class that a model is an instance of.
 
     Raises:
         CheckpointError: there is none; it says what keeps the nearest one from being it.
     """
+    return kind_for(model, STOCK_CLASSES, "stock class of transformers")
+
+
+def kind_for(model: ModelConfig, kinds: Sequence[K], what: str) -> K:
+    """Return the first kind that can express a model.
+
+    Raises:
+        CheckpointError: there is none; it says what keeps the nearest ones from being it.
+    """
     if model.ngram_order > 1:
         raise CheckpointError(
-            f"No stock class has embeddings of several tokens together (model.ngram_order is {model.ngram_order}), so "
-            "this model runs in sheepop alone. Train one with model.ngram_order 1 to export it."
+            f"No {what} has embeddings of several tokens together (model.ngram_order is {model.ngram_order}), so this "
+            "model runs in sheepop alone. Train one with model.ngram_order 1 to export it."
         )
-    misfits = {stock: stock.misfits(model) for stock in STOCK_CLASSES}
-    fewest = min(map(len, misfits.values()))
-    nearest = [stock for stock in STOCK_CLASSES if len(misfits[stock]) == fewest]
+    misfits = [kind.misfits(model) for kind in kinds]
+    fewest = min(map(len, misfits))
+    nearest = [(kind, found) for kind, found in zip(kinds, misfits, strict=True) if len(found) == fewest]
     if not fewest:
-        return nearest[0]
+        return nearest[0][0]
     reasons = [
-        f"for {stock.name} {' and '.join(f'{key} is {reason}' for key, reason in misfits[stock].items())}"
-        for stock in nearest
+        f"for {kind.name} {' and '.join(f'{key} is {reason}' for key, reason in found.items())}"
+        for kind, found in nearest
     ]
-    raise CheckpointError(f"No stock class of transformers can express this model: {'; '.join(reasons)}.")
+    raise CheckpointError(f"No {what} can express this model: {'; '.join(reasons)}.")

@@ -42,27 +42,39 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield the path of an empty file beside `target`; when the block ends well, flush it and rename it to `target`.
+
+    A reader sees the old file or the new one. When the block raises, the new one goes away.
+
+    Raises:
+        NoSpaceError: the disk is full; the old file is untouched.
+    """
+    with full_disk_is_a_clear_error(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner may read
+            yield temporary
+            flush_to_disk(temporary)
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        flush_to_disk(target.parent)
+
+
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Replace the file at `path` by `content` in one step; a reader sees the old file or the new one.
 
     Raises:
         NoSpaceError: the disk is full; the old file is untouched.
     """
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    with full_disk_is_a_clear_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner may read
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        flush_to_disk(path.parent)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ unicode_texts = st.lists(st.text(st.characters(exclude_categories=["Cs"])) | st.
 
 
 def train(pattern: str | None) -> Tokenizer:
-    backend = byte_level(models.BPE(), pattern)
+    backend = byte_level(models.BPE(), *filter(None, [pattern]))
     trainer = trainers.BpeTrainer(
         vocab_size=330,
         special_tokens=[special_token("<|endoftext|>")],

@@ -43,7 +43,7 @@ def write_ranks(path: Path, ranks: dict[bytes, int]) -> Path:
 
 
 def trained_ranks(scheme: str) -> dict[bytes, int]:
-    backend = byte_level(models.BPE(), TIKTOKEN_SCHEMES[scheme].pattern)
+    backend = byte_level(models.BPE(), *TIKTOKEN_SCHEMES[scheme].patterns)
     alphabet = sorted(byte_level_table())
     backend.train_from_iterator(
         TEXTS * 2, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)

@@ -158,3 +158,25 @@ def test_speed_is_zero_where_nothing_was_decoded(model: TransformerModel, max_ne
 def test_what_cannot_be_is_said(model: TransformerModel, request_: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         complete(model, TOKENIZER, "a", SamplingSettings(), **({"max_new_tokens": 3, "seed": 0} | request_))  # type: ignore[arg-type]
+
+
+def test_a_text_starts_as_its_tokenizer_says(model: TransformerModel) -> None:
+    greedy = SamplingSettings(temperature=0.0)
+    end = TOKENIZER.end_of_text_id
+
+    def first(start_ids: list[int], prompt: str, *, optimized: bool) -> list[int]:
+        tokenizer = TOKENIZER.with_marks(start_ids, end)
+        written = complete(model, tokenizer, prompt, greedy, max_new_tokens=3, seed=0, optimized=optimized)
+        return written.completions[0].token_ids
+
+    for optimized in (True, False):
+        for start, prompt, tokens in (
+            ([end], "ab", [end, *TOKENIZER.encode("ab")]),
+            ([9], "ab", [9, *TOKENIZER.encode("ab")]),
+            ([], "ab", TOKENIZER.encode("ab")),
+            ([], "", [end]),  # nothing to start from
+        ):
+            with torch.inference_mode():
+                expected = int(model(torch.tensor([tokens]))[0, -1].argmax())
+            written = first(start, prompt, optimized=optimized)
+            assert written[:1] == ([] if expected == end else [expected])

@@ -10,44 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sheepop.config import Config, load_config
+from sheepop.config import Config
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.interop.convert import export_model, import_model
 from sheepop.interop.huggingface import prove
-from sheepop.interop.imported import write_imported
-from sheepop.models.pretrained import load_pretrained, stored_weights
-from sheepop.models.transformer import TransformerModel
+from sheepop.models.pretrained import load_pretrained
 from sheepop.utils.errors import CheckpointError, ConfigError
 
 transformers = pytest.importorskip("transformers")
 
 VOCAB_SIZE = 283
-TEXTS = ["The sheep sees the dog, and follows it.\n", "No dog at night: 3 sheep. Naïve!"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train("bpe", TEXTS * 4, vocab_size=VOCAB_SIZE)
-
-
-@pytest.fixture
-def checkpoint(tmp_path, tokenizer):
-    """A checkpoint of random weights, biases and norms included: `checkpoint(preset, activation="relu")`."""
-
-    def make(preset, **settings):
-        sizes = {"d_model": 40, "num_layers": 2, "num_heads": 4, "d_ff": 44, "max_seq_len": 23, "dropout": 0.0}
-        overrides = {f"model.{key}": value for key, value in (sizes | settings).items()}
-        config = load_config(preset=preset, overrides=overrides | {"model.vocab_size": tokenizer.vocab_size})
-        torch.manual_seed(3)
-        model = TransformerModel(config.model)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-        folder = tmp_path / "checkpoint"
-        write_imported(folder, config.model, stored_weights(model), tokenizer)
-        return folder
-
-    return make
+TEXTS = ["The sheep sees the dog, and follows it.\n", "No dog at night: 3 sheep. Naïve!"]  # those of conftest.py
 
 
 def logits_of(folder, token_ids):
@@ -285,6 +258,54 @@ def test_damaged_files_are_one_kind_of_error(tmp_path, checkpoint):
         with contextlib.suppress(CheckpointError):
             import_model(tmp_path / "hf", tmp_path / f"back{number}", tokenizer=None)
         file.write_bytes(before)
+
+
+MARKS = {"end": "<|endoftext|>", "begin": "<|im_start|>", "stop": "<|im_end|>"}
+
+
+@pytest.mark.parametrize(
+    ("files", "start", "end"),
+    [
+        ({}, ["end"], "end"),  # as we export it
+        ({"tokenizer_config": {}}, ["end"], "end"),  # GPT-2's: one token in config.json
+        ({"tokenizer_config": {}, "config": {"bos_token_id": 1, "eos_token_id": 2}}, ["end"], "end"),  # no marks at all
+        ({"tokenizer_config": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}}, [], "stop"),
+        ({"tokenizer_config": {"add_bos_token": False, "bos_token": None, "eos_token": "<|endoftext|>"}}, [], "end"),
+        (
+            {"tokenizer_config": {"add_bos_token": True, "bos_token": {"content": "<|im_start|>"}, "eos_token": None}},
+            ["begin"],
+            "end",
+        ),
+        ({"tokenizer_config": {}, "generation_config": {"eos_token_id": [284, 0]}}, [], "stop"),
+        ({"tokenizer": ["begin"], "tokenizer_config": {"eos_token": "<|im_end|>"}}, ["begin"], "stop"),
+        ({"tokenizer": ["begin"], "tokenizer_config": {"add_bos_token": False, "eos_token": "<|im_end|>"}}, [], "stop"),
+    ],
+    ids=str,
+)
+def test_texts_begin_and_end_as_the_files_say(tmp_path, checkpoint, files, start, end):
+    export_model(checkpoint("modern", vocab_size=VOCAB_SIZE + 4), tmp_path / "hf", file_format="hf")
+    layout = json.loads((tmp_path / "hf/tokenizer.json").read_text())
+    for number, name in ((283, "<|im_start|>"), (284, "<|im_end|>")):
+        layout["added_tokens"].append(layout["added_tokens"][0] | {"id": number, "content": name})
+    if "tokenizer" in files:
+        sequences = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+        begin = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+        template = {"single": [begin, sequences[0]], "pair": [begin, sequences[0], begin, sequences[1]]}
+        special = {"<|im_start|>": {"id": "<|im_start|>", "ids": [283], "tokens": ["<|im_start|>"]}}
+        layout["post_processor"] = {"type": "TemplateProcessing", **template, "special_tokens": special}
+    (tmp_path / "hf/tokenizer.json").write_text(json.dumps(layout))
+    for name in ("tokenizer_config", "generation_config"):
+        if name in files:
+            (tmp_path / f"hf/{name}.json").write_text(json.dumps(files[name]))
+    change_settings(tmp_path / "hf", **files.get("config", {}))
+    import_model(tmp_path / "hf", tmp_path / "back", tokenizer=None)
+    found = Tokenizer.load(tmp_path / "back")
+    assert found.end_of_text == MARKS[end]
+    assert found.start_ids == [found.special_ids[MARKS[name]] for name in start]
+
+    export_model(tmp_path / "back", tmp_path / "again", file_format="hf")  # what was found is written
+    import_model(tmp_path / "again", tmp_path / "twice", tokenizer=None)
+    assert Tokenizer.load(tmp_path / "twice").fingerprint == found.fingerprint
 
 
 def test_pickles_are_not_read(tmp_path, checkpoint):

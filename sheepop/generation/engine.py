@@ -21,7 +21,7 @@ from sheepop.models.transformer import TransformerModel, inference
 
 # Below this many parameters one token's matrix products are so short that handing them to a second core costs more
 # than it saves (`docs/log.md`).
-SMALL_MODEL = 4_000_000
+LITTLE_WORK = 4_000_000
 
 
 def generate_cached(
@@ -61,7 +61,8 @@ def generate_cached(
     texts: list[list[int]] = [[] for _ in range(num_samples)]
     finish_reasons: list[FinishReason] = ["length"] * num_samples
     cached_from = -1
-    with inference(model), threads_for_decoding(model):
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    with inference(model), one_core_for_little(num_parameters, device):
         for length in range(len(prompt), longest):
             start = context_start(length, max_seq_len)
             if start == cached_from:
@@ -91,11 +92,15 @@ def generate_cached(
 
 
 @contextmanager
-def threads_for_decoding(model: TransformerModel) -> Iterator[None]:
-    """Compute on one core while a small model on a CPU decodes, and on as many as before afterwards."""
+def one_core_for_little(work: int, device: torch.device) -> Iterator[None]:
+    """Compute on one core of a CPU while there is little to do at once, and on as many as before afterwards.
+
+    Args:
+        work: tokens that are computed at once, times parameters.
+        device: where.
+    """
     threads = torch.get_num_threads()
-    is_small = sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
-    if is_small and model.device.type == "cpu":
+    if work < LITTLE_WORK and device.type == "cpu":
         torch.set_num_threads(1)
     try:
         yield

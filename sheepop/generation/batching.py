@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from sheepop.generation.generate import (
+    Continuation,
     FinishReason,
+    OnToken,
     check_request,
     context_start,
     sample_generator,
@@ -326,3 +328,34 @@ class Engine:
                 [logprobs] = token_logprobs(row[None], [token_id], request.logprobs)
             reason = stream.take(token_id)
         return TokenEvent(stream.request_id, stream.sample, token_id, reason, logprobs, prompt_logprobs)
+
+
+def generate_batched(engine: Engine, request: Request, on_token: OnToken | None = None) -> list[Continuation]:
+    """Return what `generate_naive` returns for one request, by an engine that has nothing else to do.
+
+    Args:
+        engine: without work.
+        request: what to continue.
+        on_token: as of `generate_naive`; the samples' tokens come as the engine computes them.
+
+    Raises:
+        ConfigError, CheckpointError: as `Engine.add`.
+    """
+    request_id = engine.add(request)
+    texts: list[list[int]] = [[] for _ in range(request.num_samples)]
+    finish_reasons: list[FinishReason] = ["length"] * request.num_samples
+    ended = set[int]()
+    while engine.has_work:
+        for event in engine.step():
+            if event.sample in ended:  # guesses that came with the token that ended it
+                continue
+            if event.token_id is not None:
+                texts[event.sample].append(event.token_id)
+                if on_token is not None and on_token(event.sample, event.token_id):
+                    engine.cancel(request_id, event.sample)
+                    ended.add(event.sample)
+                    finish_reasons[event.sample] = "stop"
+                    continue
+            if event.finish_reason is not None:
+                finish_reasons[event.sample] = event.finish_reason
+    return [Continuation(token_ids, reason) for token_ids, reason in zip(texts, finish_reasons, strict=True)]

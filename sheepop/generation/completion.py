@@ -5,9 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sheepop.data.tokenizer import StreamDecoder, Tokenizer
+from sheepop.generation.batching import Engine, generate_batched
 from sheepop.generation.engine import generate_cached
 from sheepop.generation.generate import FinishReason, generate_naive
+from sheepop.generation.request import Request
 from sheepop.generation.sampling import SamplingSettings
+from sheepop.generation.speculation import Speculator
 from sheepop.models.transformer import TransformerModel
 from sheepop.utils.errors import ConfigError
 
@@ -54,6 +57,7 @@ def complete(
     num_samples: int = 1,
     stop: Sequence[str] = (),
     optimized: bool = True,
+    speculator: Speculator | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Let the model continue a text, as if the text began a document.
@@ -68,6 +72,7 @@ def complete(
         num_samples: how many completions.
         stop: strings that end a sample; the text is cut where the first of them begins.
         optimized: with a KV cache, or naively; the tokens are the same.
+        speculator: guesses tokens ahead, for what is optimized.
         on_text: called with the pieces of sample 0's text as they come; whole characters only, and never the
             beginning of a stop string. Together they are the sample's text.
 
@@ -89,17 +94,22 @@ def complete(
             first_token_at = time.perf_counter()
         return transcripts[sample].add(token_id)
 
-    generate = generate_cached if optimized else generate_naive
-    continuations = generate(
-        model,
-        [tokenizer.end_of_text_id, *tokenizer.encode(prompt)],
-        settings,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        num_samples=num_samples,
-        end_of_text_id=tokenizer.end_of_text_id,
-        on_token=on_token,
-    )
+    prompt_ids, end = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)], tokenizer.end_of_text_id
+    if optimized and speculator is not None:
+        engine = Engine(model, max_batch_size=max(num_samples, 1), speculator=speculator)
+        request = Request(prompt_ids, settings, max_new_tokens, seed, num_samples, end)
+        continuations = generate_batched(engine, request, on_token)
+    else:
+        continuations = (generate_cached if optimized else generate_naive)(
+            model,
+            prompt_ids,
+            settings,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            num_samples=num_samples,
+            end_of_text_id=end,
+            on_token=on_token,
+        )
     seconds = time.perf_counter() - first_token_at
     decoded = sum(max(0, len(continuation.token_ids) - 1) for continuation in continuations)
     return Generation(

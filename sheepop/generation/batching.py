@@ -7,6 +7,7 @@ computed again later. The engine knows token ids only: text, stop strings and cl
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -170,6 +171,12 @@ class Engine:
         self._waiting = deque(stream for stream in self._waiting if not is_meant(stream))
         self._events = [event for event in self._events if not is_meant(event)]
 
+    def forget(self) -> None:
+        """Let no text that comes from now on use what earlier ones have left: as if the engine were new."""
+        self.cache.forget()
+        if self._speculator is not None:
+            self._speculator.forget()
+
     def step(self) -> list[TokenEvent]:
         """Compute once; return what came of it, the tokens of a sample in order."""
         events, self._events = self._events, []
@@ -214,24 +221,26 @@ class Engine:
         """Decide what is computed now, the oldest stream first, and reserve the pages for it."""
         for stream in self._running:
             self._move_window(stream)
-        guesses = self._guesses()
-        budget, coming, plan = self.chunk_size, set[bytes](), list[Work]()
+        budget, coming, counts = self.chunk_size, set[bytes](), dict[Stream, int]()
         for stream in list(self._running):
             if stream not in self._running:  # an older one needed its pages
                 continue
-            guess, count = guesses.get(stream, NO_GUESS), 1
-            if stream.pending > 1:
-                if self._finds_prefix(stream, coming):
-                    continue
-                count = self._chunk_length(stream, budget)
-            tokens = stream.next_tokens(count) + guess.token_ids
-            if not tokens or not self._make_room(stream, len(tokens)):
+            if stream.pending > 1 and self._finds_prefix(stream, coming):
                 continue
-            reaches_end = count == stream.pending
-            all_logits = stream.scores_prompt or bool(guess.token_ids)
-            plan.append(Work(stream, Chunk(stream.sequence, tokens, all_logits), guess, reaches_end))
-            budget -= count if count > 1 else 0
-        return plan
+            count = 1
+            if stream.pending > 1:
+                count = self._chunk_length(stream, budget)
+                budget -= count
+            if count and self._make_room(stream, count + self._places_for_guesses(stream)):
+                counts[stream] = count
+        # Not before it is sure that they are used: then what is drawn does not depend on who else is there.
+        guesses = self._guesses(counts)
+        return [self._work(stream, count, guesses.get(stream, NO_GUESS)) for stream, count in counts.items()]
+
+    def _work(self, stream: Stream, count: int, guess: Guess) -> Work:
+        tokens = stream.next_tokens(count) + guess.token_ids
+        all_logits = stream.scores_prompt or bool(guess.token_ids)
+        return Work(stream, Chunk(stream.sequence, tokens, all_logits), guess, reaches_end=count == stream.pending)
 
     def _move_window(self, stream: Stream) -> None:
         """Drop the oldest half of a full context; what is left has new positions and is computed again."""
@@ -261,8 +270,10 @@ class Engine:
 
     def _chunk_length(self, stream: Stream, budget: int) -> int:
         """Return how many of a prompt's tokens are computed now: up to its end, or to that of a page, to be shared."""
-        if stream.pending <= budget:
-            return stream.pending
+        # Where tokens are guessed, the last one is left over, so that all are drawn in the same way: behind guesses.
+        pending = stream.pending - (self._speculator is not None)
+        if pending <= budget:
+            return pending
         length, page_size = stream.sequence.length, self.cache.page_size
         whole = (length + budget) // page_size * page_size - length
         return whole if whole > 0 or budget < self.chunk_size else budget
@@ -284,18 +295,23 @@ class Engine:
         if self._speculator is not None:
             self._speculator.forget(stream)
 
-    def _guesses(self) -> dict[Stream, Guess]:
-        """Return guesses for the streams that are decoding, as many as their length and the context leave room for."""
+    def _places_for_guesses(self, stream: Stream) -> int:
+        """Return how many guesses a stream can use: where it is decoding, what its length and the context leave."""
+        if self._speculator is None or stream.pending > 1:
+            return 0
+        left = stream.request.max_new_tokens - stream.num_new_tokens - 1
+        room = self.max_seq_len - (len(stream.token_ids) - stream.start)
+        return max(0, min(self._speculator.num_guesses, left, room))
+
+    def _guesses(self, streams: Iterable[Stream]) -> dict[Stream, Guess]:
+        """Return guesses for those of the streams that can use some."""
         if self._speculator is None:
             return {}
-        wanted: dict[Stream, Wanted] = {}
-        for stream in self._running:
-            left = stream.request.max_new_tokens - stream.num_new_tokens - 1
-            room = self.max_seq_len - (len(stream.token_ids) - stream.start)
-            count = min(self._speculator.num_guesses, left, room)
-            if stream.pending == 1 and count > 0:
-                settings = stream.request.settings
-                wanted[stream] = Wanted(stream, stream.token_ids, count, settings, stream.draft_generator)
+        wanted = {
+            stream: Wanted(stream, stream.token_ids, count, stream.request.settings, stream.draft_generator)
+            for stream in streams
+            if (count := self._places_for_guesses(stream))
+        }
         return dict(zip(wanted, self._speculator.propose(list(wanted.values())), strict=True))
 
     def _check(self, guess: Guess, stream: Stream, rows: Tensor) -> list[TokenEvent]:

@@ -97,11 +97,13 @@ class DraftModel:
             for token_ids, probabilities in zip(guessed, drawn_from, strict=True)
         ]
 
-    def forget(self, key: object) -> None:
-        """Drop what is kept for a text, if anything is."""
-        draft = self._drafts.pop(key, None)
-        if draft is not None:
-            self._cache.release(draft.sequence)
+    def forget(self, key: object = None) -> None:
+        """Drop what is kept for a text, if anything is; None: for all texts, those included that have ended."""
+        for each in [key] if key is not None else list(self._drafts):
+            if each in self._drafts:
+                self._cache.release(self._drafts.pop(each).sequence)
+        if key is None:
+            self._cache.forget()
 
     def _unread(self, text: Wanted) -> Chunk | None:
         """Return what a text has that is not stored yet, with pages for it and the guesses; None if there are none."""

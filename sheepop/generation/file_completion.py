@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sheepop.data.tokenizer import Tokenizer
@@ -27,19 +27,19 @@ def complete_file(
     output: Path,
     *,
     batch_size: int,
-    make_speculator: Callable[[], Speculator | None] = lambda: None,
+    speculator: Speculator | None = None,
 ) -> int:
     """Write the completions of all prompts to a file, a line each and in order; go on where the file ends.
 
-    Prompts are computed in groups, each by an engine of its own. A run that goes on begins with the whole group that
-    it was in, so that the same texts are computed together, and the output is that of an undisturbed run to the byte.
+    Prompts are computed in groups that have nothing in common. A run that goes on begins with the whole group that it
+    was in, so that the same texts are computed together, and the output is that of an undisturbed run to the byte.
 
     Args:
         model, tokenizer: a pair.
         prompts: of `read_prompts`.
         output: the file; what it holds is kept.
         batch_size: samples that are written at the same time.
-        make_speculator: makes what guesses ahead, anew for each group; returns None for nothing.
+        speculator: guesses tokens ahead.
 
     Returns:
         How many tokens were drawn now.
@@ -53,10 +53,11 @@ def complete_file(
         log(f"{output} has {finished} of {len(prompts)} completions; going on with the next.")
     progress, size = Progress(len(prompts), finished), GROUP * batch_size
     output.parent.mkdir(parents=True, exist_ok=True)
+    engine = Engine(model, max_batch_size=batch_size, speculator=speculator)
     with output.open("ab", buffering=0) as file:
         for begin in range(finished // size * size, len(prompts), size):
             group = prompts[begin : begin + size]
-            engine = Engine(model, max_batch_size=batch_size, speculator=make_speculator())
+            engine.forget()
             for number, completions in enumerate(complete_together(engine, tokenizer, group), start=begin):
                 if number >= finished:
                     file.write(group[number - begin].with_result(completions))

@@ -76,9 +76,12 @@ def read_prompts(path: Path, defaults: PromptOptions) -> list[Prompt]:
         except ValueError as error:
             problems.append(f"line {number}: {error}")
     if problems:
-        more = f"\n... and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
-        listed = "\n".join(problems[:MAX_PROBLEMS])
-        raise DataError(f"The file of prompts {path} has lines that cannot be used; nothing was run.\n{listed}{more}")
+        more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+        listed = "; ".join(problems[:MAX_PROBLEMS])
+        raise DataError(
+            f"The file of prompts {path} has lines that cannot be used, so nothing was run: {listed}{more}. Mend them, "
+            "or leave them out."
+        )
     if not prompts:
         raise DataError(
             f'The file of prompts {path} is empty. Each line must be an object such as {{"prompt": "..."}}.'

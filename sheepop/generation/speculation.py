@@ -55,8 +55,8 @@ class Speculator(Protocol):
         """Return a guess for each text."""
         ...
 
-    def forget(self, key: object) -> None:
-        """Drop what is kept for a text, if anything is."""
+    def forget(self, key: object = None) -> None:
+        """Drop what is kept for a text, if anything is; None: for all texts, those included that have ended."""
         ...
 
 
@@ -70,7 +70,7 @@ class LookUp:
         """Return a guess for each text."""
         return [Guess(look_up(text.token_ids, text.count, self._longest)) for text in texts]
 
-    def forget(self, key: object) -> None:
+    def forget(self, key: object = None) -> None:
         """Keep nothing anyway."""
 
 

@@ -119,7 +119,7 @@ def generate_from_file(
         lines,
         output,
         batch_size=batch_size,
-        make_speculator=lambda: load_speculator(speculate, model, tokenizer, max_batch_size=batch_size),
+        speculator=load_speculator(speculate, model, tokenizer, max_batch_size=batch_size),
     )
     seconds = time.perf_counter() - began
     if as_json:

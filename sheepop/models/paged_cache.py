@@ -72,7 +72,7 @@ class PagedCache:
         self.num_heads, self.device = config.num_kv_heads, torch.device(device)
         self.num_recent = config.ngram_order - 1  # tokens before a new one that the embedding reads
         self._references = [0] * num_pages
-        self._empty = list(range(num_pages))[::-1]
+        self._empty = list(range(num_pages))
         self._idle: OrderedDict[int, None] = OrderedDict()  # with content and without references, oldest first
         self._page_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
@@ -150,6 +150,13 @@ class PagedCache:
             else:
                 self._empty.append(page)
         sequence.pages, sequence.token_ids, sequence.digests = [], [], []
+
+    def forget(self) -> None:
+        """Let no page be found again that is there now; sequences keep theirs."""
+        self._empty += self._idle
+        self._idle.clear()
+        self._page_of.clear()
+        self._digest_of.clear()
 
     def store(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> None:
         """Store keys and values (N, C) of single heads at `places` (N,): (page·K + head)·page_size + place."""

@@ -45,9 +45,12 @@ class PagedRows:
         """Return where the tokens stand in their texts: one slice for all rows, or (B, T)."""
         return slice(self._first, self._first + time) if self._is_even else self._positions
 
-    def mask(self, time: int, window: int) -> Tensor | None:  # noqa: ARG002 - of the protocol
-        """Say which keys the tokens see, (B, 1, T, S); None where rows are even, for which attention knows."""
-        if self._is_even:
+    def mask(self, time: int, window: int) -> Tensor | None:
+        """Say which keys the tokens see, (B, 1, T, S); None for even rows of one token or of whole texts.
+
+        For those attention has faster ways; for others the mask is made here, once for all layers.
+        """
+        if self._is_even and (time == 1 or self._first == 0):
             return None
         queries, keys = self._positions[:, None, :, None], torch.arange(self._end, device=self._cache.device)
         seen: Tensor = keys <= queries

@@ -1,0 +1,90 @@
+"""The engine: many streams against one, and a second prompt with a shared beginning against the first.
+
+python benchmarks/serving.py --checkpoint runs/demo
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from common import alternate, median, show
+
+from sheepop.generation.batching import Engine
+from sheepop.generation.engine import generate_cached
+from sheepop.generation.request import Request
+from sheepop.generation.sampling import SamplingSettings
+from sheepop.generation.terminal import load_model_and_tokenizer
+from sheepop.models.transformer import TransformerModel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=128, help="of each prompt, and written after it")
+    parser.add_argument("--shared", type=int, default=512, help="tokens that two prompts begin with")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    model, _ = load_model_and_tokenizer(options.checkpoint, "cpu")
+    context = model.config.max_seq_len
+    prompts = [random_ids(model, options.tokens, seed) for seed in range(options.streams)]
+    contestants: dict[str, Callable[[], float]] = {
+        "one, without the engine": lambda: alone_seconds(model, prompts[0], options.tokens),
+        "one": lambda: engine_seconds(model, prompts[:1], options.tokens),
+        f"{options.streams}": lambda: engine_seconds(model, prompts, options.tokens),
+    }
+    results = alternate(contestants, options.rounds)
+    rate = {name: options.tokens / median(seconds) for name, seconds in results.items()}
+    rate[f"{options.streams}"] *= options.streams
+    rows: list[dict[str, object]] = [
+        {"streams": name, "tokens/s": rate[name], "ratio to one": rate[name] / rate["one"]} for name in contestants
+    ]
+    show(f"throughput, {options.tokens} + {options.tokens} tokens each, context {context}", rows)
+
+    shared = min(options.shared, context - 32)  # of a shorter context as much as it holds
+    first, second = zip(*(first_token_seconds(model, shared, seed) for seed in range(options.rounds)), strict=True)
+    ratio = median(second) / median(first)
+    show(
+        f"time to first token, {shared} shared tokens and 16 of its own, context {context}",
+        [{"first (ms)": median(first) * 1e3, "second (ms)": median(second) * 1e3, "ratio": ratio, "target": "< 0.1"}],
+    )
+
+
+def random_ids(model: TransformerModel, count: int, seed: int) -> list[int]:
+    draws = random.Random(seed)
+    return [draws.randrange(model.config.vocab_size) for _ in range(count)]
+
+
+def alone_seconds(model: TransformerModel, prompt: list[int], tokens: int) -> float:
+    began = time.perf_counter()
+    generate_cached(model, prompt, SamplingSettings(), max_new_tokens=tokens, seed=0)
+    return time.perf_counter() - began
+
+
+def engine_seconds(model: TransformerModel, prompts: list[list[int]], tokens: int) -> float:
+    engine = Engine(model, max_batch_size=len(prompts))
+    began = time.perf_counter()
+    for seed, prompt in enumerate(prompts):
+        engine.add(Request(prompt, SamplingSettings(), tokens, seed))
+    while engine.has_work:
+        engine.step()
+    return time.perf_counter() - began
+
+
+def first_token_seconds(model: TransformerModel, shared: int, seed: int) -> tuple[float, float]:
+    """Return the times to the first token of two requests, one after the other, that begin alike."""
+    engine = Engine(model)
+    beginning, times = random_ids(model, shared, seed), []
+    for own in (1, 2):
+        engine.add(Request(beginning + random_ids(model, 16, 100 * seed + own), SamplingSettings(), 1))
+        began = time.perf_counter()
+        while not engine.step():
+            pass
+        times.append(time.perf_counter() - began)
+    return times[0], times[1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
-"""The engine: many streams against one, and a second prompt with a shared beginning against the first.
+"""The engine: many streams against one, a second prompt with a shared beginning, guesses, and the 8-bit cache.
 
-python benchmarks/serving.py --checkpoint runs/demo
+python benchmarks/serving.py --checkpoint runs/demo --text data/plays/val.txt
 """
 
 import argparse
@@ -9,13 +9,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from common import alternate, median, show
 
 from sheepop.generation.batching import Engine
 from sheepop.generation.engine import generate_cached
 from sheepop.generation.request import Request
 from sheepop.generation.sampling import SamplingSettings
+from sheepop.generation.speculation import LookUp
 from sheepop.generation.terminal import load_model_and_tokenizer
+from sheepop.models.int8_cache import Int8PagedCache
+from sheepop.models.paged_cache import PagedCache
 from sheepop.models.transformer import TransformerModel
 
 
@@ -25,9 +29,10 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128, help="of each prompt, and written after it")
     parser.add_argument("--shared", type=int, default=512, help="tokens that two prompts begin with")
+    parser.add_argument("--text", type=Path, help="text to continue with guesses, and to score with an 8-bit cache")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    model, _ = load_model_and_tokenizer(options.checkpoint, "cpu")
+    model, tokenizer = load_model_and_tokenizer(options.checkpoint, "cpu")
     context = model.config.max_seq_len
     prompts = [random_ids(model, options.tokens, seed) for seed in range(options.streams)]
     contestants: dict[str, Callable[[], float]] = {
@@ -49,6 +54,31 @@ def main() -> None:
     show(
         f"time to first token, {shared} shared tokens and 16 of its own, context {context}",
         [{"first (ms)": median(first) * 1e3, "second (ms)": median(second) * 1e3, "ratio": ratio, "target": "< 0.1"}],
+    )
+    if options.text is None:
+        return
+    token_ids = tokenizer.encode(options.text.read_text(encoding="utf-8")[:200_000])
+    rows = []
+    for temperature in (0.0, 0.8):
+        for name, speculator in (("none", None), ("lookup", LookUp())):
+            seconds, share = guessing_seconds(model, token_ids[:64], options.tokens, temperature, speculator)
+            rows.append(
+                {"guesses": name, "temperature": temperature, "tokens/s": options.tokens / seconds, "right": share}
+            )
+    show(f"guesses, {options.tokens} tokens after 64 of the text", rows)
+
+    exact, close = (scored_nats(model, token_ids, context, int8_cache=on) for on in (False, True))
+    show(
+        f"8-bit cache, {len(exact)} tokens of the text",
+        [
+            {
+                "loss, fp32": sum(exact) / len(exact),
+                "loss, 8 bits": sum(close) / len(close),
+                "largest change of a token": max(abs(one - other) for one, other in zip(exact, close, strict=True)),
+                "memory": Int8PagedCache.page_bytes(model.config, 16, torch.float32)
+                / PagedCache.page_bytes(model.config, 16, torch.float32),
+            }
+        ],
     )
 
 
@@ -84,6 +114,33 @@ def first_token_seconds(model: TransformerModel, shared: int, seed: int) -> tupl
             pass
         times.append(time.perf_counter() - began)
     return times[0], times[1]
+
+
+def guessing_seconds(
+    model: TransformerModel, prompt: list[int], tokens: int, temperature: float, speculator: LookUp | None
+) -> tuple[float, float]:
+    """Return the time for one stream, and the share of guesses that were right."""
+    engine = Engine(model, speculator=speculator)
+    engine.add(Request(prompt, SamplingSettings(temperature), tokens))
+    began = time.perf_counter()
+    while engine.has_work:
+        engine.step()
+    return time.perf_counter() - began, engine.counters.accepted / max(engine.counters.guessed, 1)
+
+
+def scored_nats(model: TransformerModel, token_ids: list[int], context: int, *, int8_cache: bool) -> list[float]:
+    """Return -ln p of each token but the first of windows of the text, up to some ten thousand tokens.
+
+    They are read in chunks of 16, so that nearly all keys and values come from the cache.
+    """
+    engine = Engine(model, chunk_size=16, int8_cache=int8_cache)
+    nats = []
+    for begin in range(0, min(len(token_ids), 10_000) - context + 1, context):
+        engine.add(Request(token_ids[begin : begin + context], max_new_tokens=0, prompt_logprobs=0))
+        while engine.has_work:
+            for event in engine.step():
+                nats += [-each.logprob for each in event.prompt_logprobs or [] if each is not None]
+    return nats
 
 
 if __name__ == "__main__":

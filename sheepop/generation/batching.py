@@ -27,6 +27,7 @@ from sheepop.generation.request import Request, TokenEvent
 from sheepop.generation.runner import Chunk, ModelRunner, Runner
 from sheepop.generation.speculation import Guess, Speculator, Wanted, draw_or_accept
 from sheepop.generation.stream import Stream, draw, token_logprobs
+from sheepop.models.int8_cache import Int8PagedCache
 from sheepop.models.paged_cache import PagedCache, pages_in_memory
 from sheepop.models.transformer import TransformerModel
 from sheepop.utils.errors import ConfigError
@@ -75,6 +76,7 @@ class Engine:
             but at most half of the memory that is available.
         page_size: tokens of a page.
         chunk_size: the most tokens of prompts that a step computes.
+        int8_cache: keep keys and values in 8 bits, in about a third of the memory; the logits then differ a little.
         runner: computes the chunks; default: the model, by PyTorch.
         speculator: guesses tokens ahead.
 
@@ -90,6 +92,7 @@ class Engine:
         num_pages: int | None = None,
         page_size: int = 16,
         chunk_size: int = 256,
+        int8_cache: bool = False,
         runner: Runner | None = None,
         speculator: Speculator | None = None,
     ) -> None:
@@ -98,11 +101,12 @@ class Engine:
                 raise ConfigError(f"The option '{name}' is {value}, but must be at least 1.")
         self.model, self.max_seq_len = model, model.config.max_seq_len
         self.max_batch_size, self.chunk_size = max_batch_size, chunk_size
-        dtype = model.token_embedding.weight.dtype
+        kind, dtype = Int8PagedCache if int8_cache else PagedCache, model.token_embedding.weight.dtype
         if num_pages is None:
             wanted = max_batch_size * -(-self.max_seq_len // page_size)
-            num_pages = min(wanted, pages_in_memory(model.config, page_size, model.device, dtype.itemsize))
-        self.cache = PagedCache(model.config, num_pages, page_size, device=model.device, dtype=dtype)
+            page_bytes = kind.page_bytes(model.config, page_size, dtype)
+            num_pages = min(wanted, pages_in_memory(page_bytes, model.device))
+        self.cache = kind(model.config, num_pages, page_size, device=model.device, dtype=dtype)
         self.counters = Counters()
         self._runner = runner or ModelRunner(model)
         self._speculator = speculator
@@ -275,8 +279,10 @@ class Engine:
         if pending <= budget:
             return pending
         length, page_size = stream.sequence.length, self.cache.page_size
-        whole = (length + budget) // page_size * page_size - length
-        return whole if whole > 0 or budget < self.chunk_size else budget
+        to_page_end = (length + budget) // page_size * page_size - length
+        if to_page_end > 0:
+            return to_page_end
+        return budget if budget == self.chunk_size else 0
 
     def _make_room(self, stream: Stream, count: int) -> bool:
         """Reserve pages for a stream's next tokens, if need be those of the youngest; False if that is itself."""

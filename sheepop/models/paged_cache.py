@@ -31,11 +31,14 @@ class CachedSequence:
         pages: numbers of its pages in order; token t lies in `pages[t // page_size]`, at place t % page_size.
         token_ids: the tokens whose keys and values are stored.
         digests: of each of its full pages, the digest of all tokens up to the page's end.
+        num_dropped: how many of the first pages were given back because no later token sees them (a model with a
+            sliding window); their numbers in `pages` mean nothing any more.
     """
 
     pages: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
+    num_dropped: int = 0
 
     @property
     def length(self) -> int:
@@ -64,18 +67,29 @@ class PagedCache:
         for name, value in (("num_pages", num_pages), ("page_size", page_size)):
             if value < 1:
                 raise ConfigError(f"The option '{name}' is {value}, but must be at least 1.")
-        shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)  # (P, K, T, C)
-        # Zeros, because attention multiplies also what it hides, by 0, and memory may hold what is not a number.
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        self.num_layers, self.dtype = config.num_layers, dtype
         self.num_pages, self.page_size = num_pages, page_size
         self.num_heads, self.device = config.num_kv_heads, torch.device(device)
         self.num_recent = config.ngram_order - 1  # tokens before a new one that the embedding reads
+        self.window = config.sliding_window
         self._references = [0] * num_pages
         self._empty = list(range(num_pages))
         self._idle: OrderedDict[int, None] = OrderedDict()  # with content and without references, oldest first
         self._page_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
+        self.allocate((num_pages, config.num_kv_heads, page_size, config.head_dim))
+
+    def allocate(self, shape: tuple[int, int, int, int]) -> None:
+        """Make the tensors of all layers, (num_pages, K, page_size, C)."""
+        # Zeros, because attention multiplies also what it hides, by 0, and memory may hold what is not a number.
+        self.keys, self.values = (
+            [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in range(self.num_layers)] for _ in range(2)
+        )
+
+    @classmethod
+    def page_bytes(cls, config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
+        """Return the bytes of one page in all layers."""
+        return kv_cache_bytes(config, batch_size=1, length=page_size, bytes_per_number=dtype.itemsize)
 
     @property
     def num_free(self) -> int:
@@ -114,6 +128,7 @@ class PagedCache:
             sequence.pages.append(page)
             sequence.digests.append(digest)
             sequence.token_ids += token_ids[sequence.length : sequence.length + self.page_size]
+        self._drop_unseen(sequence)
         return sequence.length - before
 
     def reserve(self, sequence: CachedSequence, count: int) -> bool:
@@ -138,18 +153,18 @@ class PagedCache:
             if digest not in self._page_of:  # else another text has just computed the same
                 page = sequence.pages[number]
                 self._page_of[digest], self._digest_of[page] = page, digest
+        self._drop_unseen(sequence)
+
+    def first_seen(self, length: int) -> int:
+        """Return the first token that the one behind `length` tokens sees."""
+        return max(0, length + 1 - self.window) if self.window else 0
 
     def release(self, sequence: CachedSequence) -> None:
         """Take all pages from a sequence, which is empty afterwards."""
-        for page in reversed(sequence.pages):  # the end of a text goes first: fewer texts begin with all of it
-            self._references[page] -= 1
-            if self._references[page]:
-                continue
-            if page in self._digest_of:
-                self._idle[page] = None
-            else:
-                self._empty.append(page)
-        sequence.pages, sequence.token_ids, sequence.digests = [], [], []
+        # The end of a text first, to be the first that makes room: fewer texts begin with all of it.
+        for page in reversed(sequence.pages[sequence.num_dropped :]):
+            self._give_back(page)
+        sequence.pages, sequence.token_ids, sequence.digests, sequence.num_dropped = [], [], [], 0
 
     def forget(self) -> None:
         """Let no page be found again that is there now; sequences keep theirs."""
@@ -168,15 +183,30 @@ class PagedCache:
         keys, values = (pages[layer].flatten(0, 1).index_select(0, blocks) for pages in (self.keys, self.values))
         return keys, values
 
+    def _drop_unseen(self, sequence: CachedSequence) -> None:
+        """Give back the pages whose tokens are all out of sight for what is still to come."""
+        unseen = self.first_seen(sequence.length) // self.page_size
+        for page in sequence.pages[sequence.num_dropped : unseen]:
+            self._give_back(page)
+        sequence.num_dropped = max(sequence.num_dropped, unseen)
+
+    def _give_back(self, page: int) -> None:
+        self._references[page] -= 1
+        if self._references[page]:
+            return
+        if page in self._digest_of:
+            self._idle[page] = None
+        else:
+            self._empty.append(page)
+
     def _evict(self) -> int:
         page, _ = self._idle.popitem(last=False)
         del self._page_of[self._digest_of.pop(page)]
         return page
 
 
-def pages_in_memory(config: ModelConfig, page_size: int, device: torch.device, bytes_per_number: int = 4) -> int:
+def pages_in_memory(page_bytes: int, device: torch.device) -> int:
     """Return how many pages half of the memory holds that this process may still take."""
-    page_bytes = kv_cache_bytes(config, batch_size=1, length=page_size, bytes_per_number=bytes_per_number)
     return int(SHARE_OF_MEMORY * available_bytes(device)) // page_bytes
 
 

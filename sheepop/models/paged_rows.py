@@ -21,19 +21,21 @@ class PagedRows:
         starts = [sequence.length for sequence in sequences]
         # Rows that begin and end at the same places need neither a mask nor positions of their own.
         self._is_even = len(set(zip(starts, counts, strict=True))) == 1
-        self._end = max(start + count for start, count in zip(starts, counts, strict=True))  # S
+        self._end = max(start + count for start, count in zip(starts, counts, strict=True))
         self._first = starts[0]
         self.recent_tokens = _last_tokens(cache, sequences)
 
         begins, lengths = torch.tensor([starts, counts], device=device)[..., None]  # (B, 1) each
         steps = torch.arange(T, device=device)  # (T,)
         self._positions = begins + steps.minimum(lengths - 1)  # (B, T); the padding repeats a row's last place
-        used = cache.pages_for(self._end)
-        table = [[*sequence.pages[:used], *[0] * (used - len(sequence.pages))] for sequence in sequences]
+        # Of all pages those from the first that any row sees to the last that any row fills.
+        first, last = min(map(cache.first_seen, starts)) // cache.page_size, cache.pages_for(self._end)
+        self._begin = first * cache.page_size
+        table = [[*sequence.pages[first:last], *[0] * (last - len(sequence.pages))] for sequence in sequences]
         pages = torch.tensor(table, device=device)  # (B, P)
         heads = torch.arange(K, device=device)[:, None]  # (K, 1)
         self._blocks = (pages[:, None] * K + heads).flatten()  # (B·K·P,)
-        own = pages.gather(1, self._positions // cache.page_size)[:, None] * K + heads  # (B, K, T)
+        own = pages.gather(1, self._positions // cache.page_size - first)[:, None] * K + heads  # (B, K, T)
         places = (own * cache.page_size + (self._positions % cache.page_size)[:, None]).flatten()  # (B·K·T,)
         self._real: Tensor | None = None  # which of (B·K·T,) are not padding; None for all
         if len(set(counts)) > 1:
@@ -52,21 +54,23 @@ class PagedRows:
         """
         if self._is_even and (time == 1 or self._first == 0):
             return None
-        queries, keys = self._positions[:, None, :, None], torch.arange(self._end, device=self._cache.device)
+        queries = self._positions[:, None, :, None]  # (B, 1, T, 1)
+        keys = torch.arange(self._begin, self._end, device=self._cache.device)  # (S,)
         seen: Tensor = keys <= queries
         if window:
             seen &= keys > queries - window
         return seen
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, K, T, C) of the tokens; return those of all tokens, (B, K, S, C)."""
+        """Store keys and values (B, K, T, C) of the tokens; return those of all tokens in sight, (B, K, S, C)."""
         B, K, _, C = key.shape
         new = [part.reshape(-1, C) for part in (key, value)]  # (B·K·T, C)
         if self._real is not None:
             new = [part[self._real] for part in new]
         self._cache.store(layer, self._places, *new)
         keys, values = self._cache.load(layer, self._blocks)  # (B·K·P, page_size, C)
-        return keys.view(B, K, -1, C)[:, :, : self._end], values.view(B, K, -1, C)[:, :, : self._end]
+        S = self._end - self._begin
+        return keys.view(B, K, -1, C)[:, :, :S], values.view(B, K, -1, C)[:, :, :S]
 
     def advance(self, token_ids: Tensor) -> None:
         """Leave the count to who asked for the forward pass."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from sheepop.config import ModelConfig
 from sheepop.generation.batching import Engine, generate_batched
 from sheepop.generation.generate import Continuation, context_start, generate_naive
-from sheepop.generation.request import Request, TokenEvent
+from sheepop.generation.request import Request, TokenEvent, TokenLogprobs
 from sheepop.generation.runner import Chunk, ModelRunner
 from sheepop.generation.sampling import SamplingSettings
 from sheepop.generation.speculation import LookUp
@@ -234,6 +234,36 @@ def test_what_a_text_wrote_is_found_by_the_next_turn() -> None:
     engine.add(Request([*long_prompt(30), *turn.token_ids, 7], GREEDY, 1))
     run(engine)
     assert engine.counters.computed - before == 66 - 64
+
+
+def test_with_an_8_bit_cache_texts_are_about_as_likely() -> None:
+    request = Request(long_prompt(60), SamplingSettings(0.0), 5, prompt_logprobs=0)
+    exact, close = (
+        [each.logprob for each in run_one(Engine(LONG, page_size=8, int8_cache=on), request) if each is not None]
+        for on in (False, True)
+    )
+    assert exact != close
+    assert close == pytest.approx(exact, abs=0.3)
+    assert sum(close) == pytest.approx(sum(exact), rel=0.01)
+
+
+def run_one(engine: Engine, request: Request) -> list[TokenLogprobs | None]:
+    engine.add(request)
+    [told] = [event.prompt_logprobs for event in run(engine) if event.prompt_logprobs is not None]
+    return told
+
+
+def test_with_a_sliding_window_a_long_text_takes_few_pages() -> None:
+    model = tiny(max_seq_len=200, sliding_window=9)
+    engine = Engine(model, page_size=4, chunk_size=8)
+    request, free = Request(long_prompt(90), SamplingSettings(), 80), []
+    engine.add(request)
+    events = []
+    while engine.has_work:
+        events += engine.step()
+        free.append(engine.cache.num_free)
+    assert gather(events)[0] == naive(model, request)
+    assert engine.cache.num_pages - min(free) <= 5  # 8 tokens of the chunk and 8 before them, which begin anywhere
 
 
 def test_the_youngest_gives_way_and_gets_the_same_tokens_later() -> None:

@@ -17,6 +17,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "sinusoidal": {"positions": "sinusoidal"},
     "no positions": {"positions": "none"},
     "sliding window": {"sliding_window": 5},
+    "short window": {"sliding_window": 2, "positions": "learned"},
     "n-grams": {"ngram_order": 3, "ngram_entries": 97},
     "parallel": {"parallel_residual": True, "rotary_dim": 2},
     "reference attention": {"attention": "reference", "num_kv_heads": 2, "sliding_window": 3},

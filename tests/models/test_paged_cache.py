@@ -96,17 +96,32 @@ def test_sizes_that_cannot_be_are_refused(pages: int, size: int, name: str) -> N
 
 def test_as_many_pages_as_half_of_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sheepop.models.paged_cache.available_bytes", lambda device: 1_000_000)
-    pages = pages_in_memory(CONFIG, 5, torch.device("cpu"))
-    assert pages * kv_cache_bytes(CONFIG, batch_size=1, length=5) <= 500_000
-    assert (pages + 1) * kv_cache_bytes(CONFIG, batch_size=1, length=5) > 500_000
+    page_bytes = PagedCache.page_bytes(CONFIG, 5, torch.float32)
+    assert page_bytes == kv_cache_bytes(CONFIG, batch_size=1, length=5)
+    assert pages_in_memory(page_bytes, torch.device("cpu")) == 500_000 // page_bytes
+
+
+def test_with_a_sliding_window_pages_out_of_sight_are_given_back() -> None:
+    cache = PagedCache(CONFIG.model_copy(update={"sliding_window": 4}), 9, 2)
+    sequence = CachedSequence()
+    for length in range(1, 40):
+        assert cache.reserve(sequence, 1)
+        cache.advance(sequence, [length % 5])
+        assert (
+            cache.num_free >= 9 - 3
+        )  # the next token sees the last three, in at most two pages, and has its own place
+    cache.release(sequence)
+    assert cache.num_free == 9
 
 
 class AnyUse(RuleBasedStateMachine):
     """Texts come, grow and go; what a page is said to hold is always what was stored in it."""
 
+    window = 0
+
     def __init__(self) -> None:
         super().__init__()
-        self.cache = PagedCache(CONFIG, 9, 2)
+        self.cache = PagedCache(CONFIG.model_copy(update={"sliding_window": self.window}), 9, 2)
         self.content: dict[int, tuple[int, ...]] = {}  # page → the tokens up to its end that were written there
         self.sequences: list[CachedSequence] = []
 
@@ -138,27 +153,41 @@ class AnyUse(RuleBasedStateMachine):
         self.cache.release(sequence)
 
     def note(self, sequence: CachedSequence) -> None:
-        for number, page in enumerate(sequence.pages):
+        for number, page in held(sequence):
             tokens = tuple(sequence.token_ids[: 2 * number + 2])
             before = self.content.get(page)
-            owners = [other for other in self.sequences if page in other.pages and other is not sequence]
+            owners = [other for other in self.sequences if (number, page) in held(other) and other is not sequence]
             assert not owners or before == tokens, "a page that others refer to was written"
             self.content[page] = tokens
 
     @invariant()
     def every_page_holds_what_its_text_says(self) -> None:
         for sequence in self.sequences:
-            for number, page in enumerate(sequence.pages):
+            for number, page in held(sequence):
                 assert self.content[page] == tuple(sequence.token_ids[: 2 * number + 2])
+            first_held = held(sequence)[0][0] if held(sequence) else len(sequence.pages)
+            assert first_held == (max(0, sequence.length + 1 - self.window) // 2 if self.window else 0)
 
     @invariant()
     def no_page_is_lost(self) -> None:
-        used = {page for sequence in self.sequences for page in sequence.pages}
+        used = {page for sequence in self.sequences for _, page in held(sequence)}
         assert self.cache.num_free == 9 - len(used)
 
 
-TestAnyUse = AnyUse.TestCase
-TestAnyUse.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+class AnyUseWithAWindow(AnyUse):
+    """The same, where a token sees three tokens back, so that pages before are given back."""
+
+    window = 3
+
+
+def held(sequence: CachedSequence) -> list[tuple[int, int]]:
+    """The places and numbers of the pages that a sequence refers to."""
+    return list(enumerate(sequence.pages))[sequence.num_dropped :]
+
+
+TestAnyUse, TestAnyUseWithAWindow = AnyUse.TestCase, AnyUseWithAWindow.TestCase
+for machine in (TestAnyUse, TestAnyUseWithAWindow):
+    machine.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
 
 
 @given(text=st.lists(st.integers(0, 4), min_size=1, max_size=30), page_size=st.integers(1, 7))

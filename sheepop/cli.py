@@ -313,7 +313,11 @@ def evaluate(
 @app.command()
 def generate(
     checkpoint: Checkpoint,
-    prompt: Annotated[str, typer.Option(help="text to continue; empty: begin a document")] = "",
+    prompt: Annotated[str | None, typer.Option(help="text to continue (default: begin a document)")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSONL file of prompts, each line {"prompt": TEXT} and options of its own')
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL file for the completions of --prompts")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "--max-length", help="tokens to write")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
     top_k: Annotated[int, typer.Option(help="choose among this many tokens; 0: all")] = 0,
@@ -329,28 +333,36 @@ def generate(
     quantize: Annotated[
         Bits | None, typer.Option(help="round the weights to fewer bits first: less memory, and faster on a CPU")
     ] = None,
+    speculate: Annotated[
+        str | None,
+        typer.Option(help="guess tokens ahead and check them: lookup, or the checkpoint of a small model (PATH)"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="completions of --prompts that are written at the same time")] = 16,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let a model continue a text."""
+    """Let a model continue a text, or every text of a file (which goes on where it was interrupted)."""
     from sheepop.generation.sampling import SamplingSettings
-    from sheepop.generation.terminal import generate_text
+    from sheepop.generation.terminal import check_combination, generate_from_file, generate_text
 
-    generate_text(
-        checkpoint,
-        prompt,
-        SamplingSettings(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
-        ),
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        num_samples=num_samples,
-        stop=stop or [],
-        optimized=optimized,
-        quantization=quantize,
-        device=device or "auto",
-        as_json=as_json,
+    settings = SamplingSettings(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
+    check_combination(prompt=prompt, prompts=prompts, output=output, optimized=optimized, speculate=speculate)
+    common: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "num_samples": num_samples,
+        "stop": stop or [],
+        "quantization": quantize,
+        "speculate": speculate,
+        "device": device or "auto",
+        "as_json": as_json,
+    }
+    if prompts is not None and output is not None:
+        generate_from_file(checkpoint, prompts, output, settings, batch_size=batch_size, **common)
+    else:
+        generate_text(checkpoint, prompt or "", settings, optimized=optimized, **common)
 
 
 @app.command()

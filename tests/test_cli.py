@@ -239,6 +239,12 @@ def test_a_checkpoint_that_cannot_be_resumed(place, refused):
         (["--max-new-tokens", "-1"], ["max_new_tokens", "-1"]),
         (["--num-samples", "0"], ["num_samples", "at least 1"]),
         (["--device", "cuda:99"], ["cuda:99", "cpu"]),
+        (["--prompts", "hill.txt"], ["--output"]),
+        (["--output", "out.jsonl"], ["--prompts"]),
+        (["--prompts", "hill.txt", "--output", "hill.txt"], ["same file", "hill.txt"]),
+        (["--prompts", "hill.txt", "--output", "out.jsonl", "--prompt", "the"], ["--prompt", "leave out"]),
+        (["--prompts", "hill.txt", "--output", "out.jsonl", "--no-optimized"], ["--no-optimized", "leave out"]),
+        (["--speculate", "lookup", "--no-optimized"], ["--speculate", "--no-optimized"]),
     ],
 )
 def test_options_of_generate_that_make_no_sense(refused, arguments, says):
@@ -317,6 +323,41 @@ def test_generate_prints_the_text_alone_to_standard_output(place, sheepop):
     expected = json.loads(sheepop("generate", "--checkpoint", "run", *arguments, "--json")[1])
     code, out, _ = sheepop("generate", "--checkpoint", "run/checkpoint_step_3.pt", *arguments)
     assert (code, out) == (0, "the sheep" + expected["completions"][0]["text"] + "\n")
+
+
+@pytest.mark.parametrize("speculate", ["lookup", "run"])
+def test_guesses_do_not_change_the_likeliest_text(place, sheepop, speculate):
+    arguments = ["generate", "--checkpoint", "run", "--prompt", "the sheep", "--temperature", "0", "--json"]
+    plain = json.loads(sheepop(*arguments)[1])
+    code, out, _ = sheepop(*arguments, "--speculate", speculate)
+    assert code == 0
+    assert json.loads(out)["completions"] == plain["completions"]
+
+
+def test_a_draft_model_that_cannot_be_used(place, refused, sheepop):
+    refused(4, "generate", "--checkpoint", "run", "--speculate", "nowhere", says=["nowhere", "does not exist"])
+    (place / "other.txt").write_text("wool " * 60, encoding="utf-8")
+    other = ["--data", "other.txt", "--config", "config.json", "--output", "other", "--data.data_dir", "other_data"]
+    assert sheepop("train", *other, "--training.max_steps", "3")[0] == 0
+    refused(2, "generate", "--checkpoint", "run", "--speculate", "other", says=["other", "another tokenizer"])
+
+
+def test_generate_from_a_file(place, sheepop, refused):
+    lines = ['{"prompt": "the", "id": 1}', '{"prompt": "a", "max_new_tokens": 2, "temperature": 0}']
+    (place / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    arguments = ["generate", "--checkpoint", "run", "--prompts", "prompts.jsonl", "--output", "out.jsonl"]
+    assert sheepop(*arguments, "--max-new-tokens", "3")[:2] == (0, "out.jsonl\n")
+    content = (place / "out.jsonl").read_text(encoding="utf-8")
+    first, second = map(json.loads, content.splitlines())
+    assert (first["id"], first["prompt"], second["prompt"]) == (1, "the", "a")
+    assert [len(record["completions"][0]["token_ids"]) for record in (first, second)] == [3, 2]
+    code, out, err = sheepop(*arguments, "--max-new-tokens", "3", "--json")
+    assert (code, json.loads(out)["tokens"]) == (0, 0)
+    assert "has 2 of 2" in err
+    refused(2, *arguments, "--max-new-tokens", "4", says=["Line 1 of out.jsonl"])
+    (place / "prompts.jsonl").write_text("\n".join([*lines, "wool"]), encoding="utf-8")
+    refused(3, *arguments, says=["prompts.jsonl", "line 3"])
+    assert (place / "out.jsonl").read_text(encoding="utf-8") == content
 
 
 def test_evaluate_json(place, sheepop):

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from sheepop.data.tokenizer import StreamDecoder, Tokenizer
+from sheepop.generation.batching import Engine, generate_batched
 from sheepop.generation.engine import Decode, generate_cached
 from sheepop.generation.generate import FinishReason, generate_naive
+from sheepop.generation.request import Request
+from sheepop.generation.runner import runner_for
 from sheepop.generation.sampling import SamplingSettings
+from sheepop.generation.speculation import Speculator
 from sheepop.models.transformer import TransformerModel
 from sheepop.utils.errors import ConfigError
 
@@ -56,6 +60,7 @@ def complete(
     stop: Sequence[str] = (),
     optimized: bool = True,
     decode: Decode | None = None,
+    speculator: Speculator | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Let the model continue a text, as if the text began a document.
@@ -71,6 +76,7 @@ def complete(
         stop: strings that end a sample; the text is cut where the first of them begins.
         optimized: with a KV cache, or naively; the tokens are the same.
         decode: computes single tokens in the model's place, if optimized (`decoder_for`).
+        speculator: guesses tokens ahead, for what is optimized.
         on_text: called with the pieces of sample 0's text as they come; whole characters only, and never the
             beginning of a stop string. Together they are the sample's text.
 
@@ -92,17 +98,23 @@ def complete(
             first_token_at = time.perf_counter()
         return transcripts[sample].add(token_id)
 
-    generate = partial(generate_cached, decode=decode) if optimized else generate_naive
-    continuations = generate(
-        model,
-        [*tokenizer.start_ids, *tokenizer.encode(prompt)],
-        settings,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        num_samples=num_samples,
-        end_of_text_id=tokenizer.end_of_text_id,
-        on_token=on_token,
-    )
+    prompt_ids, end = [*tokenizer.start_ids, *tokenizer.encode(prompt)], tokenizer.end_of_text_id
+    if optimized and speculator is not None:
+        rows = max(num_samples, 1)
+        engine = Engine(model, max_batch_size=rows, runner=runner_for(model), speculator=speculator)
+        request = Request(prompt_ids, settings, max_new_tokens, seed, num_samples, end)
+        continuations = generate_batched(engine, request, on_token)
+    else:
+        continuations = (partial(generate_cached, decode=decode) if optimized else generate_naive)(
+            model,
+            prompt_ids,
+            settings,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            num_samples=num_samples,
+            end_of_text_id=end,
+            on_token=on_token,
+        )
     seconds = time.perf_counter() - first_token_at
     decoded = sum(max(0, len(continuation.token_ids) - 1) for continuation in continuations)
     return Generation(

@@ -4,6 +4,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,12 +25,15 @@ from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel, inference
 from sheepop.utils.logging import log
 
+if TYPE_CHECKING:
+    from sheepop.generation.fast_decoding import FastDecoder
+
 # Maps the newest token of each row, (B, 1), to logits (B, 1, V), and adds it to the cache.
 Decode = Callable[[Tensor, KVCache], Tensor]
 
 # Below this many parameters one token's matrix products are so short that handing them to a second core costs more
 # than it saves (`docs/log.md`).
-SMALL_MODEL = 4_000_000
+LITTLE_WORK = 4_000_000
 NOTICEABLE_SECONDS = 3.0  # compiled kernels are loaded in less
 
 
@@ -72,7 +76,8 @@ def generate_cached(
     texts: list[list[int]] = [[] for _ in range(num_samples)]
     finish_reasons: list[FinishReason] = ["length"] * num_samples
     cached_from = -1
-    with inference(model), threads_for_decoding(model):
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    with inference(model), one_core_for_little(num_parameters, device):
         for length in range(len(prompt), longest):
             start = context_start(length, max_seq_len)
             if start == cached_from:
@@ -105,11 +110,15 @@ def generate_cached(
 
 
 @contextmanager
-def threads_for_decoding(model: TransformerModel) -> Iterator[None]:
-    """Compute on one core while a small model on a CPU decodes, and on as many as before afterwards."""
+def one_core_for_little(work: int, device: torch.device) -> Iterator[None]:
+    """Compute on one core of a CPU while there is little to do at once, and on as many as before afterwards.
+
+    Args:
+        work: tokens that are computed at once, times parameters.
+        device: where.
+    """
     threads = torch.get_num_threads()
-    is_small = sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
-    if is_small and model.device.type == "cpu":
+    if work < LITTLE_WORK and device.type == "cpu":
         torch.set_num_threads(1)
     try:
         yield
@@ -117,14 +126,14 @@ def threads_for_decoding(model: TransformerModel) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def decoder_for(model: TransformerModel) -> Decode | None:
+def decoder_for(model: TransformerModel) -> "FastDecoder | None":
     """Return the compiled decoder of a model, or None where the model decodes by itself.
 
     The kernels compute in fp32 on a CPU, and need numba, whose loading a small model does not repay; attention that was
     asked to be the reference stays that. When they are compiled for the first time on a machine, that is said.
     """
     config = model.config
-    is_small = count_parameters(config).total < SMALL_MODEL and config.quantization == "none"
+    is_small = count_parameters(config).total < LITTLE_WORK and config.quantization == "none"
     if model.device.type != "cpu" or model.dtype != torch.float32 or config.attention == "reference" or is_small:
         return None
     if importlib.util.find_spec("numba") is None:

@@ -5,7 +5,7 @@ fp32 inputs and weights of 8 or 4 bits at one row. This is `TransformerModel.for
 the same weights and cache, for that case alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from sheepop.models.quantized_layers import QuantizedLinear
 from sheepop.models.transformer import TransformerModel
 
 Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
 Product = Callable[[Floats, Floats, bool], None]
 NONE: Floats = np.empty(0, dtype=np.float32)
 
@@ -37,38 +38,51 @@ class FastDecoder:
 
     def __call__(self, token_ids: Tensor, cache: KVCache) -> Tensor:
         """Return what `model(token_ids, cache=cache)` returns for one token a sequence: (N, 1) to (N, 1, V)."""
-        config, rows = self.config, len(token_ids)
-        hidden = self.model.embed(token_ids, None, cache)[:, 0].contiguous().numpy()  # (N, D)
-        positions = np.full(rows, cache.length)
-        pages = np.arange(rows)[:, None]
+        rows = len(token_ids)
+        hidden = self.model.embed(token_ids, cache.positions(1), before=cache.recent_tokens)[:, 0]
+        positions, pages = np.full(rows, cache.length), np.arange(rows)[:, None]  # a row's buffer is its only page
+        logits = self.step(hidden, positions, pages, cache.keys, cache.values)
+        cache.advance(token_ids)
+        return logits[:, None]
+
+    def step(
+        self, hidden: Tensor, positions: Integers, pages: Integers, keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> Tensor:
+        """Return the logits (N, V) after N tokens, whose keys and values are stored.
+
+        Args:
+            hidden: (N, D), their embeddings. Several tokens of one sequence are as many rows.
+            positions: (N,), where they stand in their sequences.
+            pages: (N, M), which pages hold each one's sequence, in order.
+            keys, values: of each layer (all pages, K, page size, C), where those of the tokens before are.
+        """
+        config, rows = self.config, len(hidden)
+        stream = hidden.contiguous().numpy()  # (N, D)
         normed = aligned(rows, config.d_model)
-        heads = config.num_heads + 2 * config.num_kv_heads
-        projected = aligned(rows, heads, config.head_dim)
+        projected = aligned(rows, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
         mixed = aligned(rows, config.num_heads, config.head_dim)
         inner = aligned(rows, config.d_ff * (2 if config.is_gated else 1))
         activated = aligned(rows, config.d_ff)
         activation = kernels.ACTIVATION[config.activation]
-        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            stored = (positions, keys.numpy(), values.numpy(), pages)
-            layer.attention_norm(hidden, normed)
-            layer.query_key_value(normed, projected.reshape(rows, -1), False)
+        for layer, layer_keys, layer_values in zip(self.layers, keys, values, strict=True):
+            stored = (positions, layer_keys.numpy(), layer_values.numpy(), pages)
             query_norm, key_norm = layer.head_norms
+            layer.attention_norm(stream, normed)
+            layer.query_key_value(normed, projected.reshape(rows, -1), False)
             kernels.place_heads(projected, query_norm, key_norm, config.layer_norm_eps, self.turns, *stored)
             kernels.attend(projected, *stored, config.sliding_window, mixed)
-            if config.parallel_residual:
-                layer.feed_forward_norm(hidden, normed)
-                layer.attention_output(mixed.reshape(rows, -1), hidden, True)
-            else:
-                layer.attention_output(mixed.reshape(rows, -1), hidden, True)
-                layer.feed_forward_norm(hidden, normed)
+            if config.parallel_residual:  # the feed-forward reads what attention read
+                layer.feed_forward_norm(stream, normed)
+            layer.attention_output(mixed.reshape(rows, -1), stream, True)
+            if not config.parallel_residual:
+                layer.feed_forward_norm(stream, normed)
             layer.feed_forward_input(normed, inner, False)
             kernels.activate(inner, activation, config.is_gated, activated)
-            layer.feed_forward_output(activated, hidden, True)
-        self.final_norm(hidden, normed)
+            layer.feed_forward_output(activated, stream, True)
+        self.final_norm(stream, normed)
         logits = aligned(rows, config.vocab_size)
         self.head(normed, logits, False)
-        cache.advance(token_ids)
-        return torch.from_numpy(logits)[:, None]
+        return torch.from_numpy(logits)
 
 
 class Layer:

@@ -143,11 +143,7 @@ def sample_tokens(
             row.exponential_(generator=generator)
         scores = scores - race.log_()
     best = scores.max(dim=-1)
-    if not math.isfinite(best.values.sum()):
-        raise CheckpointError(
-            "The model's scores for the next token are not finite numbers: its weights are damaged, or its training "
-            "went astray. Use another checkpoint."
-        )
+    _check_finite(best.values)
     return best.indices
 
 
@@ -157,6 +153,25 @@ def sample_token(
     """Draw one token from logits (V,); see `sample_tokens`."""
     previous = torch.as_tensor(previous_ids, dtype=torch.int64, device=logits.device)
     return int(sample_tokens(logits[None], settings, [generator], previous[None]))
+
+
+def distribution(logits: Tensor, settings: SamplingSettings, previous_ids: Tensor) -> Tensor:
+    """Return the probabilities (..., V) that `sample_tokens` draws with, for a temperature above 0.
+
+    Raises:
+        CheckpointError: the logits are not finite numbers.
+    """
+    _check_finite(logits.amax(dim=-1))
+    return filter_logits(logits.float(), previous_ids, settings).softmax(dim=-1)
+
+
+def _check_finite(best: Tensor) -> None:
+    """Check the best score of each row: a row that has what is not a number has it there."""
+    if not math.isfinite(best.sum()):
+        raise CheckpointError(
+            "The model's scores for the next token are not finite numbers: its weights are damaged, or its training "
+            "went astray. Use another checkpoint."
+        )
 
 
 def _keep_largest(logits: Tensor, descending: Tensor, count: Tensor) -> Tensor:

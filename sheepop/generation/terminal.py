@@ -1,21 +1,48 @@
 """Generation for a person at a terminal, or for a program that reads JSON."""
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from sheepop.data.tokenizer import Tokenizer, load_model_tokenizer
 from sheepop.generation.completion import Generation, complete
+from sheepop.generation.draft_model import DraftModel
 from sheepop.generation.engine import decoder_for
+from sheepop.generation.file_completion import complete_file
+from sheepop.generation.prompt_file import PromptOptions, read_prompts
 from sheepop.generation.sampling import SamplingSettings
+from sheepop.generation.speculation import LookUp, Speculator
 from sheepop.models.pretrained import load_pretrained, resolve_checkpoint
 from sheepop.models.quantization import quantize
 from sheepop.models.quantized_layers import Quantization
 from sheepop.models.transformer import TransformerModel
 from sheepop.utils.devices import resolve_device
+from sheepop.utils.errors import ConfigError
 from sheepop.utils.files import to_json
 from sheepop.utils.logging import log
+
+
+def check_combination(
+    *, prompt: str | None, prompts: Path | None, output: Path | None, optimized: bool, speculate: str | None
+) -> None:
+    """Check options of `generate` that do not all go together.
+
+    Raises:
+        ConfigError: says which do not.
+    """
+    if speculate is not None and not optimized:
+        raise ConfigError("--speculate guesses for the generation with a cache; leave out --no-optimized.")
+    if (prompts is None) != (output is None):
+        raise ConfigError(
+            "--prompts FILE and --output FILE go together: the prompts, and the file that the completions are written "
+            "to. A single --prompt is continued on standard output."
+        )
+    if prompts is not None and (prompt is not None or not optimized):
+        raise ConfigError("--prompts does not go with --prompt or --no-optimized; leave out one of them.")
+    if prompts is not None and output is not None and output.exists() and output.samefile(prompts):
+        raise ConfigError(f"--prompts and --output are the same file, {output}. Name another --output.")
 
 
 def generate_text(
@@ -29,6 +56,7 @@ def generate_text(
     stop: Sequence[str],
     optimized: bool,
     quantization: Quantization | None,
+    speculate: str | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -52,7 +80,8 @@ def generate_text(
         num_samples=num_samples,
         stop=stop,
         optimized=optimized,
-        decode=decoder_for(model) if optimized else None,
+        decode=decoder_for(model) if optimized and speculate is None else None,
+        speculator=load_speculator(speculate, model, tokenizer, max_batch_size=max(num_samples, 1)),
         on_text=_show if streams else None,
     )
     if as_json:
@@ -63,6 +92,70 @@ def generate_text(
     else:
         print(f"\n{'-' * 40}\n".join(prompt + completion.text for completion in generation.completions))
     _tell_speed(generation)
+
+
+def generate_from_file(
+    checkpoint: Path,
+    prompts: Path,
+    output: Path,
+    settings: SamplingSettings,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    num_samples: int,
+    stop: Sequence[str],
+    batch_size: int,
+    quantization: Quantization | None,
+    speculate: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Continue every prompt of a file into another file, and print that file's name; see `complete_file`.
+
+    Raises:
+        SheepopError: an option is out of range, a line of the prompts cannot be used, or the checkpoint cannot.
+    """
+    settings.validate()
+    lines = read_prompts(prompts, PromptOptions(settings, max_new_tokens, seed, num_samples, tuple(stop)))
+    model, tokenizer = load_model_and_tokenizer(checkpoint, device, quantization)
+    began = time.perf_counter()
+    tokens = complete_file(
+        model,
+        tokenizer,
+        lines,
+        output,
+        batch_size=batch_size,
+        speculator=load_speculator(speculate, model, tokenizer, max_batch_size=batch_size),
+    )
+    seconds = time.perf_counter() - began
+    if as_json:
+        print(
+            to_json({"output": str(output), "prompts": len(lines), "tokens": tokens, "seconds": seconds}, indent=None)
+        )
+    else:
+        print(output)
+
+
+def load_speculator(
+    speculate: str | None, model: TransformerModel, tokenizer: Tokenizer, *, max_batch_size: int
+) -> Speculator | None:
+    """Return what guesses tokens ahead: None for nothing, `lookup`, or the checkpoint of a small model.
+
+    Raises:
+        ConfigError: the small model has another tokenizer.
+        CheckpointError: it cannot be used.
+    """
+    if speculate is None:
+        return None
+    if speculate == "lookup":
+        return LookUp()
+    draft, its_tokenizer = load_model_and_tokenizer(Path(speculate), str(model.device))
+    if its_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"The draft model {speculate} has another tokenizer than the model whose tokens it shall guess. "
+            "Use one that was trained on the same prepared text."
+        )
+    return DraftModel(draft, model.config, max_batch_size=max_batch_size)
 
 
 def chat(checkpoint: Path, settings: SamplingSettings, *, max_new_tokens: int, seed: int, device: str) -> None:

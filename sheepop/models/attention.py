@@ -37,6 +37,7 @@ def attention(
     *,
     window: int = 0,
     document_ids: Tensor | None = None,
+    mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Return softmax(Q Kᵀ / √C, over the visible keys) V.
@@ -46,6 +47,7 @@ def attention(
         key, value: (B, K, S, C), with H a multiple of K; head h reads key/value head h // (H/K).
         window: a query sees this many tokens back, itself included; 0 means all.
         document_ids: (B, S); tokens of different documents do not see each other.
+        mask: (B, 1, T, S), True where a query sees a key, in place of order, window and documents.
         dropout: share of attention weights dropped, the rest scaled up.
 
     Returns:
@@ -55,6 +57,7 @@ def attention(
     key = key.repeat_interleave(heads_per_group, dim=1)  # (B, H, S, C)
     value = value.repeat_interleave(heads_per_group, dim=1)
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (B, H, T, S)
-    mask = visible(query.shape[2], key.shape[2], window=window, document_ids=document_ids, device=query.device)
+    if mask is None:
+        mask = visible(query.shape[2], key.shape[2], window=window, document_ids=document_ids, device=query.device)
     weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
     return F.dropout(weights, dropout) @ value  # (B, H, T, C)

@@ -55,14 +55,17 @@ class Context:
     """What every layer of one forward pass shares.
 
     Attributes:
-        rotary: cosines and sines of the positions at hand, (T, H+K, C/2, 2); None for other positions.
+        rotary: cosines and sines of the positions at hand, (T, H+K, C/2, 2), or (B, T, H+K, C/2, 2) where they differ
+            between rows; None for other positions.
         document_ids: (B, S), or None.
         cache: keys and values of earlier tokens, or None.
+        mask: (B, 1, T, S), the keys that each query sees where they are not simply those before it, or None.
     """
 
     rotary: Tensor | None = None
     document_ids: Tensor | None = None
     cache: Cache | None = None
+    mask: Tensor | None = None
 
 
 class MultiHeadAttention(nn.Module):
@@ -103,6 +106,7 @@ class MultiHeadAttention(nn.Module):
             value,
             window=self.window,
             document_ids=context.document_ids,
+            mask=context.mask,
             dropout=self.dropout if self.training else 0.0,
         )  # (B, H, T, C)
         return self.output(mixed.transpose(1, 2).reshape(batch, time, H * self.head_dim))  # type: ignore[no-any-return]

@@ -1,6 +1,7 @@
 """Keys and values of the tokens that were seen, so that a new token costs one position instead of all.
 
-The model is given a cache and never owns one.
+The model is given a cache and never owns one. `KVCache` holds texts that grow together; `paged_cache.py` holds texts
+that come and go, of any lengths.
 """
 
 from typing import Protocol
@@ -12,13 +13,20 @@ from sheepop.config import ModelConfig
 
 
 class Cache(Protocol):
-    """What attention needs of a cache."""
+    """What a forward pass needs of a cache. `recent_tokens` are the last (B, `ngram_order` - 1) tokens, -1 for none."""
 
-    length: int
     recent_tokens: Tensor
 
+    def positions(self, time: int) -> slice | Tensor:
+        """Return where the next `time` tokens stand in their texts: one slice for all rows, or (B, T)."""
+        ...
+
+    def mask(self, time: int, window: int) -> Tensor | None:
+        """Say which keys the next `time` tokens see, (B, 1, T, S); None where they are the last of all S, in order."""
+        ...
+
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, K, T, C) of new tokens; return those of all tokens, (B, K, length + T, C)."""
+        """Store keys and values (B, K, T, C) of new tokens; return those of all tokens, (B, K, S, C)."""
         ...
 
     def advance(self, token_ids: Tensor) -> None:
@@ -48,6 +56,13 @@ class KVCache:
         self.recent_tokens = torch.full((batch_size, config.ngram_order - 1), -1, device=device)
         self.capacity = capacity
         self.length = 0
+
+    def positions(self, time: int) -> slice:
+        """Return where the next `time` tokens stand, the same for all rows."""
+        return slice(self.length, self.length + time)
+
+    def mask(self, time: int, window: int) -> None:
+        """Leave it to attention: the new tokens are the last ones, in order."""
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values (B, K, T, C) of new tokens; return those of all tokens, (B, K, length + T, C)."""

@@ -13,6 +13,7 @@ def optimized_attention(
     *,
     window: int = 0,
     document_ids: Tensor | None = None,
+    mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Return what `attention` returns, without a (T, S) matrix in memory where the kernel allows it.
@@ -21,22 +22,20 @@ def optimized_attention(
     in use, and a single query without a window sees every key, so it needs no mask at all.
     """
     query_time, key_time = query.shape[2], key.shape[2]
-    if 0 < window < key_time and query_time == 1:
+    if mask is None and 0 < window < key_time and query_time == 1:
         # The only query sees the last keys alone: slicing is cheaper than masking.
         key, value = key[:, :, -window:], value[:, :, -window:]
         document_ids = None if document_ids is None else document_ids[:, -window:]
         key_time, window = window, 0
-    mask = None
-    is_causal = query_time > 1
-    if document_ids is not None or 0 < window < key_time or (is_causal and query_time != key_time):
+    needs_mask = document_ids is not None or 0 < window < key_time or query_time not in (1, key_time)
+    if mask is None and needs_mask:
         mask = visible(query_time, key_time, window=window, document_ids=document_ids, device=query.device)
-        is_causal = False
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=is_causal,
+        is_causal=mask is None and query_time > 1,
         enable_gqa=query.shape[1] != key.shape[1],
     )

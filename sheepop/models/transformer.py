@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sheepop.config import ModelConfig
 from sheepop.models.blocks import Context, Embedding, TransformerBlock, drop, make_norm
 from sheepop.models.head_loss import summed_head_loss
-from sheepop.models.kv_cache import KVCache
+from sheepop.models.kv_cache import Cache
 from sheepop.models.linear import Linear, linear
 from sheepop.models.ngrams import NgramEmbedding
 from sheepop.models.positions import rotary_table, sinusoidal_table
@@ -69,7 +69,7 @@ class TransformerModel(nn.Module):
         *,
         targets: Tensor | None = None,
         document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """Return the logits (B, T, V) of the token after each position; with `last_only` (B, 1, V).
@@ -82,7 +82,7 @@ class TransformerModel(nn.Module):
             targets: (B, T), the token after each position, negative where there is none.
             document_ids: (B, T), tokens with different numbers do not see each other; positions that are added to
                 embeddings restart with each document. Not together with a cache.
-            cache: keys and values of the `cache.length` tokens before these; it grows by T.
+            cache: keys and values of the tokens before these; it grows by T.
 
         Raises:
             ValueError: more tokens than `max_seq_len`.
@@ -92,45 +92,63 @@ class TransformerModel(nn.Module):
             return summed_head_loss(hidden, self.head.weight, targets)
         if last_only:
             hidden = hidden[:, -1:]
-        return linear(hidden, self.head.weight)  # (B, T, V)
+        return self.logits(hidden)  # (B, T, V)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the scores (..., V) of what `hidden_states` returned, or of some of it, (..., D)."""
+        return linear(hidden, self.head.weight)
 
     def hidden_states(
-        self, token_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None
+        self, token_ids: Tensor, *, document_ids: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """Return what the head reads: the residual stream after the final norm, (B, T, D)."""
-        start = cache.length if cache is not None else 0
-        end = start + token_ids.shape[1]
-        if end > self.config.max_seq_len:
-            raise ValueError(f"the model sees at most {self.config.max_seq_len} tokens, not {end}")
+        time = token_ids.shape[1]
+        positions = cache.positions(time) if cache is not None else slice(0, time)
+        if isinstance(positions, slice) and positions.stop > self.config.max_seq_len:
+            raise ValueError(f"the model sees at most {self.config.max_seq_len} tokens, not {positions.stop}")
         if document_ids is not None and cache is not None:
             raise ValueError("document_ids and a cache do not go together: a cache holds one document a row")
         dropout = self.config.dropout if self.training else 0.0
-        hidden = drop(self.embed(token_ids, document_ids, cache), dropout)  # (B, T, D)
+        before = None if cache is None else cache.recent_tokens
+        hidden = drop(self.embed(token_ids, positions, document_ids, before), dropout)  # (B, T, D)
         rotary = None
         if self.config.positions == "rotary":
             # Repeated for each head, once for all layers: products with rows that lie in one piece are faster.
             heads = self.config.num_heads + self.config.num_kv_heads
-            rotary = self.rotary[start:end, None].expand(-1, heads, -1, -1).contiguous()  # (T, H+K, C/2, 2)
-        context = Context(rotary=rotary, document_ids=document_ids, cache=cache)
+            table = self.rotary[positions].unsqueeze(-3)  # (T, 1, C/2, 2), or (B, T, 1, C/2, 2)
+            rotary = table.expand(*table.shape[:-3], heads, -1, -1).contiguous()  # (T, H+K, C/2, 2), or (B, T, ...)
+        mask = cache.mask(time, self.config.sliding_window) if cache is not None else None
+        context = Context(rotary=rotary, document_ids=document_ids, cache=cache, mask=mask)
         for block in self.blocks:
             hidden = block(hidden, context)
         if cache is not None:
             cache.advance(token_ids)
         return self.final_norm(hidden)  # type: ignore[no-any-return]
 
-    def embed(self, token_ids: Tensor, document_ids: Tensor | None, cache: KVCache | None) -> Tensor:
-        """Return token embeddings plus those of the last few together and, for absolute positions, of the place."""
+    def embed(
+        self,
+        token_ids: Tensor,
+        positions: slice | Tensor,
+        document_ids: Tensor | None = None,
+        before: Tensor | None = None,
+    ) -> Tensor:
+        """Return token embeddings plus those of the last few together and, for absolute positions, of the place.
+
+        Args:
+            token_ids: (B, T).
+            positions: where they stand in their texts, one slice for all rows, or (B, T).
+            document_ids: as in `forward`.
+            before: the (B, `ngram_order` - 1) tokens before these, -1 for none; None: none at all.
+        """
         embedded: Tensor = self.token_embedding(token_ids)  # (B, T, D)
         if self.ngram_embedding is not None:
-            if cache is not None:
-                before = cache.recent_tokens
-            else:
+            if before is None:
                 before = token_ids.new_full((token_ids.shape[0], self.config.ngram_order - 1), -1)
             embedded = embedded + self.ngram_embedding(token_ids, before, document_ids)
         if self.config.positions not in ("learned", "sinusoidal"):
             return embedded
-        start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + token_ids.shape[1], device=token_ids.device)  # (T,)
+        if isinstance(positions, slice):
+            positions = torch.arange(positions.start, positions.stop, device=token_ids.device)  # (T,)
         if document_ids is not None:
             positions = positions - document_starts(document_ids)  # (B, T)
         if self.config.positions == "learned":
@@ -172,12 +190,14 @@ class TransformerModel(nn.Module):
 def inference(model: TransformerModel) -> Iterator[None]:
     """Switch dropout and gradients off, and give the model back in the mode that it was in."""
     was_training = model.training
-    model.eval()
+    if was_training:  # going through all modules takes a good part of a small model's time for one token
+        model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def document_starts(document_ids: Tensor) -> Tensor:

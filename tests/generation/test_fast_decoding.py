@@ -83,7 +83,7 @@ def test_scores_that_are_not_finite_are_noticed() -> None:
 def test_the_model_itself_decodes_where_the_kernels_cannot_or_do_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decoder_for(tiny()) is None
     assert isinstance(decoder_for(quantize(tiny(), "int8")), FastDecoder)
-    monkeypatch.setattr("sheepop.generation.engine.SMALL_MODEL", 0)
+    monkeypatch.setattr("sheepop.generation.engine.LITTLE_WORK", 0)
     assert isinstance(decoder_for(tiny()), FastDecoder)
     assert decoder_for(copy.deepcopy(tiny()).double()) is None
     assert decoder_for(tiny(attention="reference")) is None

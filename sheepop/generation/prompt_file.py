@@ -1,0 +1,187 @@
+"""A file of prompts, one JSON object a line, and how much of its output is there already."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sheepop.data.records import is_unicode
+from sheepop.generation.completion import Completion
+from sheepop.generation.sampling import SamplingSettings
+from sheepop.utils.errors import ConfigError, DataError
+from sheepop.utils.files import to_json
+from sheepop.utils.seeds import derive_seed
+
+SAMPLING_OPTIONS = tuple(field.name for field in fields(SamplingSettings))
+WRITTEN_KEYS = ("settings", "completions")
+MAX_PROBLEMS = 10  # listed in an error
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What a line of a file may say for itself, and what holds where it does not.
+
+    Attributes:
+        stop: strings that end a sample.
+    """
+
+    sampling: SamplingSettings
+    max_new_tokens: int
+    seed: int
+    num_samples: int = 1
+    stop: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, object]:
+        """Return all of it under the names that lines use."""
+        values = {key: value for key, value in asdict(self).items() if key != "sampling"}
+        return asdict(self.sampling) | values | {"stop": list(self.stop)}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line: the object as it stands, the text to continue, and how."""
+
+    record: dict[str, Any]
+    text: str
+    options: PromptOptions
+
+    def with_result(self, completions: Sequence[Completion]) -> bytes:
+        """Return the line of the output: all keys of the prompt's own, its settings, and the completions."""
+        written = {"settings": self.options.as_json(), "completions": [asdict(each) for each in completions]}
+        return (to_json(self.record | written, indent=None) + "\n").encode("utf-8")
+
+
+def read_prompts(path: Path, defaults: PromptOptions) -> list[Prompt]:
+    """Read all lines that are not blank and check them, before anything is computed.
+
+    A line without a `seed` gets one that follows from the default and its place, so that the same prompt twice has two
+    continuations.
+
+    Raises:
+        DataError: the file is missing or empty, or lines are malformed; names them and what is wrong.
+    """
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise DataError(f"The file of prompts {path} cannot be read: {error.strerror or error}.") from None
+    prompts: list[Prompt] = []
+    problems: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        seed = derive_seed(defaults.seed, "prompt", len(prompts) + len(problems))
+        try:
+            prompts.append(parse_prompt(line, replace(defaults, seed=seed)))
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+    if problems:
+        more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+        listed = "; ".join(problems[:MAX_PROBLEMS])
+        raise DataError(
+            f"The file of prompts {path} has lines that cannot be used, so nothing was run: {listed}{more}. Mend them, "
+            "or leave them out."
+        )
+    if not prompts:
+        raise DataError(
+            f'The file of prompts {path} is empty. Each line must be an object such as {{"prompt": "..."}}.'
+        )
+    return prompts
+
+
+def parse_prompt(line: bytes, defaults: PromptOptions) -> Prompt:
+    """Read one line.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    try:
+        record = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not valid JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"it is not an object in braces, but a {type(record).__name__}")
+    if not isinstance(record.get("prompt"), str):
+        raise ValueError('it has no text under "prompt"')
+    if not is_unicode(to_json(record, indent=None)):
+        raise ValueError("it has half of a surrogate pair, which is no character")
+    for key in WRITTEN_KEYS:
+        if key in record:
+            raise ValueError(f'it has the key "{key}", which is that of the output')
+    return Prompt(record, record["prompt"], _options(record, defaults))
+
+
+def count_finished(path: Path, prompts: Sequence[Prompt]) -> int:
+    """Return how many prompts have their line in the output, of which a torn end is cut off.
+
+    Raises:
+        ConfigError: a line does not belong to its prompt: the prompts, or the options, were others.
+    """
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    lines, end = content.splitlines(keepends=True), 0
+    for number, line in enumerate(lines):
+        try:
+            record = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            record = None
+        if record is None and number == len(lines) - 1:  # a kill came between
+            with path.open("r+b") as file:
+                file.truncate(end)
+            return number
+        prompt = prompts[number] if number < len(prompts) else None
+        if prompt is None or record is None or not _belongs(record, prompt):
+            raise ConfigError(
+                f"Line {number + 1} of {path} is not what these prompts and options lead to. Name another --output, or "
+                "give the same prompts and options as before to go on with this one."
+            )
+        end += len(line)
+    return len(lines)
+
+
+def _belongs(record: object, prompt: Prompt) -> bool:
+    if not isinstance(record, dict) or "completions" not in record:
+        return False
+    written = prompt.record | {"settings": prompt.options.as_json()}
+    return {key: value for key, value in record.items() if key != "completions"} == written
+
+
+def _options(record: Mapping[str, Any], defaults: PromptOptions) -> PromptOptions:
+    """Return what a line says for itself, and the defaults for the rest."""
+    sampling: dict[str, Any] = {name: _number(record, name) for name in SAMPLING_OPTIONS if name in record}
+    counts = {name: _integer(record, name) for name in ("max_new_tokens", "seed", "num_samples") if name in record}
+    if "top_k" in sampling:
+        sampling["top_k"] = _integer(record, "top_k")
+    stop = record.get("stop", defaults.stop)
+    stop = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stop, list | tuple) or not all(isinstance(string, str) and string for string in stop):
+        raise ValueError('"stop" must be a text or a list of texts, none of them empty')
+    options = replace(defaults, sampling=replace(defaults.sampling, **sampling), stop=tuple(stop), **counts)
+    options.sampling.validate()
+    for name, least in (("max_new_tokens", 0), ("num_samples", 1)):
+        if getattr(options, name) < least:
+            raise ValueError(f'"{name}" is {getattr(options, name)}, but must be at least {least}')
+    return options
+
+
+def _number(record: Mapping[str, Any], name: str) -> float:
+    value = record[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f'"{name}" must be a number, not {to_json(value, indent=None)}')
+    return value
+
+
+def _integer(record: Mapping[str, Any], name: str) -> int:
+    value = record[name]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f'"{name}" must be a whole number, not {to_json(value, indent=None)}')
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"it has {name}, which is not valid JSON")

@@ -1,0 +1,84 @@
+"""A few sequences of a `PagedCache` as the rows of one forward pass, each with its own length."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sheepop.models.paged_cache import CachedSequence, PagedCache
+
+
+class PagedRows:
+    """The `Cache` of a forward pass over the next `counts[b]` tokens of each sequence b, padded to the most.
+
+    The padding stands behind a row's tokens: nothing of it is stored, and no token of the row sees it. The pages have
+    to be reserved before. The sequences stay as they are: who asked for the pass knows which of the tokens to keep.
+    """
+
+    def __init__(self, cache: PagedCache, sequences: Sequence[CachedSequence], counts: Sequence[int]) -> None:
+        self._cache = cache
+        B, T, K, device = len(sequences), max(counts), cache.num_heads, cache.device
+        starts = [sequence.length for sequence in sequences]
+        # Rows that begin and end at the same places need neither a mask nor positions of their own.
+        self._is_even = len(set(zip(starts, counts, strict=True))) == 1
+        self._end = max(start + count for start, count in zip(starts, counts, strict=True))
+        self._first = starts[0]
+        self.recent_tokens = _last_tokens(cache, sequences)
+
+        begins, lengths = torch.tensor([starts, counts], device=device)[..., None]  # (B, 1) each
+        steps = torch.arange(T, device=device)  # (T,)
+        self._positions = begins + steps.minimum(lengths - 1)  # (B, T); the padding repeats a row's last place
+        # Of all pages those from the first that any row sees to the last that any row fills.
+        first, last = min(map(cache.first_seen, starts)) // cache.page_size, cache.pages_for(self._end)
+        self._begin = first * cache.page_size
+        table = [[*sequence.pages[first:last], *[0] * (last - len(sequence.pages))] for sequence in sequences]
+        pages = torch.tensor(table, device=device)  # (B, P)
+        heads = torch.arange(K, device=device)[:, None]  # (K, 1)
+        self._blocks = (pages[:, None] * K + heads).flatten()  # (B·K·P,)
+        own = pages.gather(1, self._positions // cache.page_size - first)[:, None] * K + heads  # (B, K, T)
+        places = (own * cache.page_size + (self._positions % cache.page_size)[:, None]).flatten()  # (B·K·T,)
+        self._real: Tensor | None = None  # which of (B·K·T,) are not padding; None for all
+        if len(set(counts)) > 1:
+            self._real = (steps < lengths)[:, None].expand(B, K, T).flatten().nonzero()[:, 0]
+            places = places[self._real]
+        self._places = places
+
+    def positions(self, time: int) -> slice | Tensor:
+        """Return where the tokens stand in their texts: one slice for all rows, or (B, T)."""
+        return slice(self._first, self._first + time) if self._is_even else self._positions
+
+    def mask(self, time: int, window: int) -> Tensor | None:
+        """Say which keys the tokens see, (B, 1, T, S); None for even rows of one token or of whole texts.
+
+        For those attention has faster ways; for others the mask is made here, once for all layers.
+        """
+        if self._is_even and (time == 1 or self._first == 0):
+            return None
+        queries = self._positions[:, None, :, None]  # (B, 1, T, 1)
+        keys = torch.arange(self._begin, self._end, device=self._cache.device)  # (S,)
+        seen: Tensor = keys <= queries
+        if window:
+            seen &= keys > queries - window
+        return seen
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, K, T, C) of the tokens; return those of all tokens in sight, (B, K, S, C)."""
+        B, K, _, C = key.shape
+        new = [part.reshape(-1, C) for part in (key, value)]  # (B·K·T, C)
+        if self._real is not None:
+            new = [part[self._real] for part in new]
+        self._cache.store(layer, self._places, *new)
+        keys, values = self._cache.load(layer, self._blocks)  # (B·K·P, page_size, C)
+        S = self._end - self._begin
+        return keys.view(B, K, -1, C)[:, :, :S], values.view(B, K, -1, C)[:, :, :S]
+
+    def advance(self, token_ids: Tensor) -> None:
+        """Leave the count to who asked for the forward pass."""
+
+
+def _last_tokens(cache: PagedCache, sequences: Sequence[CachedSequence]) -> Tensor:
+    """Return the last (B, `ngram_order` - 1) tokens of each sequence, -1 where there are not as many."""
+    count = cache.num_recent
+    known = [sequence.token_ids[max(0, sequence.length - count) :] for sequence in sequences]
+    rows = [[-1] * (count - len(token_ids)) + token_ids for token_ids in known]
+    return torch.tensor(rows, dtype=torch.int64, device=cache.device).view(len(sequences), count)

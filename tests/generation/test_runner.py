@@ -1,0 +1,92 @@
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sheepop.config import ModelConfig
+from sheepop.generation.runner import Chunk, KernelRunner, ModelRunner, Runner, groups_of_similar_length
+from sheepop.models.paged_cache import CachedSequence, PagedCache
+from sheepop.models.transformer import TransformerModel
+
+FAMILIES: dict[str, dict[str, object]] = {
+    "classic": {},
+    "modern": {"norm": "rmsnorm", "activation": "swiglu", "qk_norm": True, "num_kv_heads": 2, "tie_weights": False},
+    "learned": {"positions": "learned", "bias": True},
+    "sinusoidal": {"positions": "sinusoidal"},
+    "no positions": {"positions": "none"},
+    "sliding window": {"sliding_window": 5},
+    "short window": {"sliding_window": 2, "positions": "learned"},
+    "n-grams": {"ngram_order": 3, "ngram_entries": 97},
+    "parallel": {"parallel_residual": True, "rotary_dim": 2},
+    "reference attention": {"attention": "reference", "num_kv_heads": 2, "sliding_window": 3},
+}
+
+
+def tiny(**changes: object) -> TransformerModel:
+    torch.manual_seed(11)
+    sizes = {"vocab_size": 31, "d_model": 24, "num_layers": 3, "num_heads": 4, "d_ff": 40, "max_seq_len": 30}
+    return TransformerModel(ModelConfig.model_validate({**sizes, "init_std": 0.4, "dropout": 0.3, **changes})).eval()
+
+
+def kernels(model: TransformerModel) -> KernelRunner:
+    pytest.importorskip("numba")
+    from sheepop.generation.fast_decoding import FastDecoder
+
+    return KernelRunner(model, FastDecoder(model))
+
+
+@pytest.mark.parametrize("runner", [ModelRunner, kernels])
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_of_many_texts_give_the_logits_of_each_text_alone(
+    family: str, page_size: int, runner: Callable[[TransformerModel], Runner]
+) -> None:
+    model, draws = tiny(**FAMILIES[family]), random.Random(page_size)
+    texts = [[draws.randrange(31) for _ in range(length)] for length in (5, 30, 17, 1, 17)]
+    cache, run = PagedCache(model.config, 90, page_size), runner(model)
+    sequences = [CachedSequence() for _ in texts]
+    with torch.no_grad():
+        whole = [model(torch.tensor([text]))[0] for text in texts]
+    while any(sequence.length < len(text) for sequence, text in zip(sequences, texts, strict=True)):
+        chunks, expected = [], []
+        for sequence, text, logits in zip(sequences, texts, whole, strict=True):
+            tokens = text[sequence.length :][: draws.choice([0, 1, 1, 2, 7])]
+            if tokens:
+                end = sequence.length + len(tokens)
+                assert cache.reserve(sequence, len(tokens))
+                chunks.append(Chunk(sequence, tokens, all_logits=draws.random() < 0.5))
+                expected.append(logits[sequence.length if chunks[-1].all_logits else end - 1 : end])
+        for found, wanted in zip(run(chunks, cache), expected, strict=True):
+            assert found.shape == wanted.shape
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+        for chunk in chunks:
+            cache.advance(chunk.sequence, chunk.token_ids)
+
+
+def test_what_a_page_held_before_does_not_matter() -> None:
+    model = tiny()
+    cache, run = PagedCache(model.config, 8, 4), ModelRunner(model)
+    for pages in cache.keys + cache.values:
+        pages.fill_(1e30)
+    short, long = CachedSequence(), CachedSequence()
+    chunks = [Chunk(short, [3, 1], all_logits=True), Chunk(long, [5, 9, 2], all_logits=True)]
+    assert all(cache.reserve(chunk.sequence, len(chunk.token_ids)) for chunk in chunks)
+    for chunk, found in zip(chunks, run(chunks, cache), strict=True):
+        with torch.no_grad():
+            wanted = model(torch.tensor([chunk.token_ids]))[0]
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 300), max_size=20))
+def test_padding_is_less_than_what_is_computed_and_single_tokens_stand_alone(lengths: list[int]) -> None:
+    chunks = [Chunk(CachedSequence(), [0] * length) for length in lengths]
+    groups = list(groups_of_similar_length(chunks))
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    for group in groups:
+        inside = [lengths[index] for index in group]
+        assert len(inside) * max(inside) < 2 * sum(inside)
+        assert 1 not in inside or set(inside) == {1}

@@ -7,7 +7,7 @@ with status 1.
 import json
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -108,8 +108,10 @@ def argument_name(argument: Any) -> str:
 def option_name(option: Any, kind: Any) -> str:
     """Return an option with its spellings and the kind of value that it takes."""
     spellings = ", ".join([*option.opts, *option.secondary_opts])
-    while get_args(kind):  # `str | None` and `list[str]` take what `str` takes
+    while get_origin(kind) is not Literal and get_args(kind):  # `str | None` and `list[str]` take what `str` takes
         kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        return f"{spellings} {' or '.join(get_args(kind))}"
     return spellings if kind is bool else f"{spellings} {VALUE_NAMES[kind]}"
 
 

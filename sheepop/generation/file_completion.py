@@ -14,6 +14,7 @@ from sheepop.generation.request import Request
 from sheepop.generation.runner import runner_for
 from sheepop.generation.speculation import Speculator
 from sheepop.models.transformer import TransformerModel
+from sheepop.utils.errors import ConfigError
 from sheepop.utils.files import flush_to_disk
 from sheepop.utils.logging import format_duration, is_terminal, log
 
@@ -46,22 +47,29 @@ def complete_file(
         How many tokens were drawn now.
 
     Raises:
-        ConfigError: the file's content is not of these prompts, or an option is out of range.
+        ConfigError: the file cannot be written or its content is not of these prompts, or an option is out of range.
         CheckpointError: model and tokenizer do not fit, or the model's scores are not finite.
     """
-    finished = count_finished(output, prompts)
+    engine = Engine(model, max_batch_size=batch_size, runner=runner_for(model), speculator=speculator)
+    try:
+        finished = count_finished(output, prompts)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        file = output.open("ab")
+    except OSError as error:
+        raise ConfigError(
+            f"The output {output} cannot be written: {error.strerror or error}. Name another --output."
+        ) from None
     if finished:
         log(f"{output} has {finished} of {len(prompts)} completions; going on with the next.")
     progress, size = Progress(len(prompts), finished), GROUP * batch_size
-    output.parent.mkdir(parents=True, exist_ok=True)
-    engine = Engine(model, max_batch_size=batch_size, runner=runner_for(model), speculator=speculator)
-    with output.open("ab", buffering=0) as file:
+    with file:
         for begin in range(finished // size * size, len(prompts), size):
             group = prompts[begin : begin + size]
             engine.forget()
             for number, completions in enumerate(complete_together(engine, tokenizer, group), start=begin):
                 if number >= finished:
                     file.write(group[number - begin].with_result(completions))
+                    file.flush()
                     progress.show(number + 1, sum(len(completion.token_ids) for completion in completions))
     progress.close()
     flush_to_disk(output)

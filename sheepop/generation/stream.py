@@ -82,7 +82,8 @@ class Stream:
         bias = self.request.logit_bias
         if bias:
             ids = torch.tensor(list(bias), device=logits.device)
-            logits = logits.index_add(0, ids, torch.tensor(list(bias.values()), device=logits.device))
+            added = torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
+            logits = logits.index_add(0, ids, added)
         if self.constraint is None:
             return logits
         allowed = self.constraint.allowed(self.token_ids[self.prompt_length :])

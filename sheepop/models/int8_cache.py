@@ -54,7 +54,6 @@ class Int8PagedCache(PagedCache):
 
 
 def rounded(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return vectors (N, C) as whole steps, int8, and the step of each (N,); a vector of zeros has the step 0."""
-    step = vectors.abs().amax(dim=-1) / STEPS  # (N,)
-    smallest = torch.finfo(vectors.dtype).tiny
-    return (vectors / step.clamp_min(smallest).unsqueeze(-1)).round().to(torch.int8), step
+    """Return vectors (N, C) as whole steps, int8, and the step of each (N,), which is above 0."""
+    step = (vectors.abs().amax(dim=-1) / STEPS).clamp_min(torch.finfo(vectors.dtype).tiny)  # (N,)
+    return (vectors / step.unsqueeze(-1)).round().to(torch.int8), step

@@ -351,7 +351,7 @@ def test_prompt_logprobs_alone_however_the_prompt_is_read(
 
 def test_a_bias_makes_tokens_certain_or_impossible() -> None:
     engine = Engine(CLASSIC)
-    [sample] = generate_batched(engine, Request([3], SamplingSettings(), 8, logit_bias={5: 100.0}))
+    [sample] = generate_batched(engine, Request([3], SamplingSettings(), 8, logit_bias={5: 100}))
     assert sample.token_ids == [5] * 8
     [plain] = generate_batched(engine, Request([3], GREEDY, 8))
     [without] = generate_batched(engine, Request([3], GREEDY, 8, logit_bias={plain.token_ids[0]: -100.0}))
@@ -490,3 +490,16 @@ def test_requests_that_cannot_be_are_refused_at_once(changes: dict[str, object],
 def test_sizes_that_cannot_be_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"'{name}' is 0"):
         Engine(CLASSIC, **{name: 0})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_each_request_gets_the_tokens_that_it_gets_alone_on_a_gpu(temperature: float) -> None:
+    model = tiny().cuda()
+    engine = Engine(model, page_size=3, num_pages=12, chunk_size=4, speculator=LookUp(2))
+    requests = [Request(list(range(length)), SamplingSettings(temperature), 40, length, 2) for length in (1, 5, 14, 30)]
+    for request in requests:
+        engine.add(request)
+    results = gather(run(engine))
+    assert [results[number] for number in range(len(requests))] == [naive(model, request) for request in requests]

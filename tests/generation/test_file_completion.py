@@ -19,6 +19,7 @@ from sheepop.generation.sampling import SamplingSettings
 from sheepop.generation.speculation import LookUp
 from sheepop.models.pretrained import save_weights, stored_weights
 from sheepop.models.transformer import TransformerModel
+from sheepop.utils.errors import ConfigError
 from sheepop.utils.files import write_json
 
 PROJECT = Path(__file__).parents[2]
@@ -96,6 +97,14 @@ def test_a_file_that_was_cut_anywhere_is_finished_as_if_it_had_not_been(
     path.write_bytes(undisturbed[: int(share * len(undisturbed))])
     complete_file(model, TOKENIZER, prompts[1], path, batch_size=BATCH_SIZE)
     assert path.read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("place", ["folder", "file/out.jsonl"])
+def test_an_output_that_cannot_be_written_is_said(model, prompts, tmp_path: Path, place: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot be written: .* Name another --output"):
+        complete_file(model, TOKENIZER, prompts[1], tmp_path / place, batch_size=2)
 
 
 def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(

@@ -16,7 +16,7 @@ from sheepop.data.tokenizer import Tokenizer
 from sheepop.interop.convert import export_model, import_model
 from sheepop.interop.gguf import prove, write_gguf
 from sheepop.interop.gguf_file import TENSOR_TYPES, GgufFile
-from sheepop.models.pretrained import load_pretrained
+from sheepop.models.pretrained import load_pretrained, resolve_checkpoint
 from sheepop.utils.errors import CheckpointError, ConfigError
 
 gguf = pytest.importorskip("gguf")
@@ -358,15 +358,17 @@ def test_damaged_files_are_one_kind_of_error(tmp_path, checkpoint):
 
 
 MEASURE = """
-import pathlib, resource, sys
+import pathlib, sys
 from sheepop.interop.gguf import import_gguf
 from sheepop.utils.errors import CheckpointError
+from sheepop.utils.memory import forget_peak, peak_resident_bytes, resident_bytes
 import gguf
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+forget_peak()
+before = resident_bytes()
 try:
     import_gguf(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
 except CheckpointError as error:
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, error)
+    print(peak_resident_bytes() - before, error)
 """
 
 
@@ -380,13 +382,14 @@ def text(string):
 
 LARGE = 40_000_000
 GREEDY_FILES = {
-    "a list of as many strings as fit": lambda: header(
-        0, 1, text("x"), struct.pack("<IIQ", 9, 8, LARGE // 8), bytes(LARGE)
+    "a list of too many strings": lambda: header(0, 1, text("x"), struct.pack("<IIQ", 9, 8, LARGE // 8), bytes(LARGE)),
+    "a list of as many strings as may be": lambda: header(
+        0, 1, text("x"), struct.pack("<IIQ", 9, 8, 2**21), *(text(f"{n:07}") for n in range(2**21))
     ),
     "a list of lists": lambda: header(0, 1, text("x"), struct.pack("<IIQ", 9, 9, 10**12), bytes(1000)),
     "a list without end": lambda: header(0, 1, text("x"), struct.pack("<IIQ", 9, 0, 2**63), bytes(1000)),
     "as many fields as fit": lambda: header(
-        0, 2**60, *(text(f"{n:06}") + struct.pack("<IB", 0, 1) for n in range(10**6))
+        0, 10**6, *(text(f"{n:06}") + struct.pack("<IB", 0, 1) for n in range(10**6))
     ),
     "tensors one over the other": lambda: header(
         2000, 0, *(text(f"{n:06}") + struct.pack("<IQIQ", 1, 2**20, 0, 0) for n in range(2000)), bytes(2**22 + 99)
@@ -568,6 +571,7 @@ def test_pieces_with_scores(tmp_path, checkpoint, capfd):
         ({"token_type": [1, 2]}, [], "token_type is not a list of 300 numbers"),
         ({"tokens": ["a"] * 300}, [], "two tokens have the same name"),
         ({"tokens": [f"t{n}" for n in range(300)]}, [], "is damaged"),
+        ({"tokens": ["a" * 10**6] + [f"t{n}" for n in range(299)]}, [], "a token has 1000000 characters"),
         ({}, ["tokenizer.ggml.tokens"], "there are no tokens"),
         ({}, ["tokenizer.ggml.merges"], "there are no merges"),
         ({"eos_token_id": 300}, [], "eos_token_id is 300, but there are 300 tokens"),
@@ -609,3 +613,24 @@ def test_without_the_library_it_is_named(tmp_path, checkpoint, monkeypatch):
     with pytest.raises(CheckpointError, match=r"need the package gguf\. .* 'sheepop\[interop\]'"):
         export_model(checkpoint("modern"), tmp_path / "model.gguf", file_format="gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_model_whose_texts_begin_with_nothing_is_evaluated_and_trained_further(tmp_path, checkpoint, tokenizer):
+    path = file_with(tmp_path, checkpoint, {"add_bos_token": False})
+    import_model(path, tmp_path / "back", tokenizer=None)
+    (tmp_path / "more.txt").write_text("The dog sees the sheep at night.\n" * 40)
+
+    def run(*words):
+        return subprocess.run([sys.executable, "-m", "sheepop", *map(str, words)], capture_output=True, text=True)
+
+    done = run("evaluate", "--checkpoint", tmp_path / "back", "--data", tmp_path / "more.txt", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] > 40
+    words = ["--init-from", tmp_path / "back", "--output", tmp_path / "run", "--data.data_dir", tmp_path / "data"]
+    done = run("train", "--data", tmp_path / "more.txt", *words, "--training.max_steps", 2, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    trained = Tokenizer.load(resolve_checkpoint(tmp_path / "run"))
+    assert (trained.start_ids, trained.end_of_text_id) == ([], tokenizer.end_of_text_id)
+    for prompt in ("", "The"):  # an empty one begins with the end of the one before
+        done = run("generate", "--checkpoint", tmp_path / "run", "--prompt", prompt, "--max-new-tokens", 2, "--json")
+        assert done.returncode == 0, done.stderr

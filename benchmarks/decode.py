@@ -130,6 +130,15 @@ def theirs(path: str, streams: int) -> dict[str, float]:
 def llama_cpp(path: str, streams: int) -> dict[str, float]:  # noqa: ARG001
     import llama_cpp
 
+    # Its rearranged weights for AMX crash on virtual machines that do not grant it; those of fp32 are not rearranged.
+    defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+    def plain_layout() -> object:
+        parameters = defaults()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    llama_cpp.llama_cpp.llama_model_default_params = plain_layout
     threads = torch.get_num_threads()
     llama = llama_cpp.Llama(
         model_path=path, n_ctx=2 * PROMPT, n_threads=threads, n_threads_batch=threads, n_batch=PROMPT, verbose=False

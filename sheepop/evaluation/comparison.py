@@ -17,6 +17,7 @@ def compare_checkpoints(before: Path, after: Path, data: Path) -> str:
         first, second = (score[figure] for score in scores)
         if first is None or second is None:  # not finite
             lines.append(f"{figure:>16}  {first}  {second}")
-        else:
-            lines.append(f"{figure:>16}  {first:>10.4f}  {second:>10.4f}  {second / first - 1:>+9.2%}")
+            continue
+        change = f"{second - first:+.4f}" if figure == "accuracy" else f"{second / first - 1:+.2%}"
+        lines.append(f"{figure:>16}  {first:>10.4f}  {second:>10.4f}  {change:>9}")
     return "\n".join(lines)

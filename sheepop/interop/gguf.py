@@ -180,11 +180,8 @@ def prove(path: Path, model: TransformerModel, tokenizer: Tokenizer, encoding: s
         if not float((tensor - original).abs().max()) <= limit:
             raise CheckpointError(f"The export is not the same model: read again, its weight {name} differs.")
     theirs = read_tokenizer(stored.fields, settings.vocab_size, str(path))
-    if [theirs.start_ids, theirs.end_of_text_id, *theirs.encode(PROOF_TEXT)] != [
-        tokenizer.start_ids,
-        tokenizer.end_of_text_id,
-        *tokenizer.encode(PROOF_TEXT),
-    ]:
+    found, wanted = ([one.start_ids, one.end_of_text_id, one.encode(PROOF_TEXT)] for one in (theirs, tokenizer))
+    if found != wanted:
         raise CheckpointError("The export is not the same model: read again, its tokenizer gives other tokens.")
     if importlib.util.find_spec("llama_cpp") is None:
         log(

@@ -124,11 +124,7 @@ def settings_from(architecture: Architecture, file: GgufFile) -> dict[str, Any]:
     need(fields, "expert_count", 0)
     width, heads = number(fields, "embedding_length"), number(fields, "attention.head_count")
     head_dim = number(fields, "attention.key_length", width // heads)
-    need(
-        fields | {"attention.value_length": fields.get("attention.value_length", head_dim)},
-        "attention.value_length",
-        head_dim,
-    )
+    need({"attention.value_length": head_dim} | fields, "attention.value_length", head_dim)
     embedding, head = file.encoded.get("token_embd.weight"), file.encoded.get("output.weight")
     epsilon = "layer_norm_rms_epsilon" if architecture.family["norm"] == "rmsnorm" else "layer_norm_epsilon"
     settings = architecture.family | {

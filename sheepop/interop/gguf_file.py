@@ -27,6 +27,7 @@ NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7
 STRING, LIST = 8, 9
 TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 MOST_STRINGS = 2**21  # of all lists together; the largest vocabularies and their merges have half as many
+MOST_NAMES = 2**16  # of values, and of tensors
 MOST_DIMENSIONS = 4
 
 
@@ -174,6 +175,8 @@ def read_header(content: NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, E
 
 def named(cursor: Cursor, count: int, read: Callable[[], Any]) -> dict[str, Any]:
     """Return so many things by the names that stand before them."""
+    if count > MOST_NAMES:
+        raise ValueError(f"it says that it has {count} entries, more than any model")
     found: dict[str, Any] = {}
     for _ in range(count):
         name = cursor.string()

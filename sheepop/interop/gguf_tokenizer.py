@@ -33,6 +33,7 @@ from sheepop.utils.logging import log
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
 KEY = "tokenizer.ggml."
+LONGEST_NAME = 2**10  # characters of a token; halves of each are looked up
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,11 @@ class Vocabulary:
             ValueError: they are missing, or do not fit together.
         """
         self.fields = {key.removeprefix(KEY): value for key, value in fields.items() if key.startswith(KEY)}
-        if not isinstance(names, list) or not names:
+        if not isinstance(names, list) or not names:  # a list is one of strings; of numbers there are arrays
             raise ValueError("there are no tokens")
+        longest = max(map(len, names))
+        if longest > LONGEST_NAME:
+            raise ValueError(f"a token has {longest} characters")
         self.names = names
         self.types = self.numbers("token_type", NORMAL)
         self.ids = {name: n for n, name in enumerate(names) if self.types[n] != UNUSED and name}
@@ -252,7 +256,8 @@ def tokenizer_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         fields = byte_level_fields(layout)
     else:
         types |= dict.fromkeys(types.keys() & {byte_name(byte) for byte in range(256)}, BYTE)
-        types |= {layout["model"]["unk_token"]: UNKNOWN}
+        if layout["model"]["unk_token"]:
+            types[layout["model"]["unk_token"]] = UNKNOWN
         fields = piece_fields(layout, ids, types, vocab_size)
     names = [f"[PAD{number}]" for number in range(vocab_size)]
     for name, number in ids.items():

@@ -239,14 +239,17 @@ def set_up(config: Config, corpus: Corpus, *, device: torch.device, world: World
         DataError: the text does not fill one context.
     """
     tokenizer = corpus.tokenizer()
-    if world.is_main and config.model.vocab_size != tokenizer.vocab_size:
+    # A model that others trained may have more entries than its tokenizer.
+    is_given = config.training.init_from is not None and config.model.vocab_size > tokenizer.vocab_size
+    vocab_size = config.model.vocab_size if is_given else tokenizer.vocab_size
+    if world.is_main and config.model.vocab_size != vocab_size:
         log(
-            f"model.vocab_size is {tokenizer.vocab_size}, the number of the tokenizer's entries "
+            f"model.vocab_size is {vocab_size}, the number of the tokenizer's entries "
             f"({config.model.vocab_size} were asked for)"
         )
     config = config.model_copy(
         update={
-            "model": config.model.model_copy(update={"vocab_size": tokenizer.vocab_size}),
+            "model": config.model.model_copy(update={"vocab_size": vocab_size}),
             "data": config.data.model_copy(update={"path": str(corpus.path.resolve())}),
         }
     )

@@ -14,9 +14,10 @@ import torch
 
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.interop.convert import export_model, import_model
-from sheepop.interop.gguf import prove, write_gguf
+from sheepop.interop.gguf import prove, prove_with_llama_cpp, write_gguf
 from sheepop.interop.gguf_file import TENSOR_TYPES, GgufFile
-from sheepop.models.pretrained import load_pretrained
+from sheepop.interop.llama_cpp_engine import llama_cpp
+from sheepop.models.pretrained import load_pretrained, resolve_checkpoint
 from sheepop.utils.errors import CheckpointError, ConfigError
 
 gguf = pytest.importorskip("gguf")
@@ -358,15 +359,17 @@ def test_damaged_files_are_one_kind_of_error(tmp_path, checkpoint):
 
 
 MEASURE = """
-import pathlib, resource, sys
+import pathlib, sys
 from sheepop.interop.gguf import import_gguf
 from sheepop.utils.errors import CheckpointError
+from sheepop.utils.memory import forget_peak, peak_resident_bytes, resident_bytes
 import gguf
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+forget_peak()
+before = resident_bytes()
 try:
     import_gguf(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
 except CheckpointError as error:
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, error)
+    print(peak_resident_bytes() - before, error)
 """
 
 
@@ -380,13 +383,14 @@ def text(string):
 
 LARGE = 40_000_000
 GREEDY_FILES = {
-    "a list of as many strings as fit": lambda: header(
-        0, 1, text("x"), struct.pack("<IIQ", 9, 8, LARGE // 8), bytes(LARGE)
+    "a list of too many strings": lambda: header(0, 1, text("x"), struct.pack("<IIQ", 9, 8, LARGE // 8), bytes(LARGE)),
+    "a list of as many strings as may be": lambda: header(
+        0, 1, text("x"), struct.pack("<IIQ", 9, 8, 2**21), *(text(f"{n:07}") for n in range(2**21))
     ),
     "a list of lists": lambda: header(0, 1, text("x"), struct.pack("<IIQ", 9, 9, 10**12), bytes(1000)),
     "a list without end": lambda: header(0, 1, text("x"), struct.pack("<IIQ", 9, 0, 2**63), bytes(1000)),
     "as many fields as fit": lambda: header(
-        0, 2**60, *(text(f"{n:06}") + struct.pack("<IB", 0, 1) for n in range(10**6))
+        0, 10**6, *(text(f"{n:06}") + struct.pack("<IB", 0, 1) for n in range(10**6))
     ),
     "tensors one over the other": lambda: header(
         2000, 0, *(text(f"{n:06}") + struct.pack("<IQIQ", 1, 2**20, 0, 0) for n in range(2000)), bytes(2**22 + 99)
@@ -433,6 +437,34 @@ def test_our_tokenizers_go_there_and_come_back(tmp_path, checkpoint, kind, capfd
         assert found.encode(string) == ours.encode(string)
         assert found.decode(found.encode(string)) == string
     assert (found.start_ids, found.end_of_text_id) == (ours.start_ids, ours.end_of_text_id)
+
+
+@pytest.mark.skipif(not HAS_LLAMA_CPP, reason="needs llama-cpp-python")
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_llama_cpp_reads_the_same_tokens_in_any_text(tmp_path, checkpoint, kind):
+    folder = checkpoint("modern", vocab_size=300)
+    (folder / "manifest.json").unlink()
+    ours = Tokenizer.train(
+        kind, ["The sheep sees the dog: 12 345.\n", "naïve 中文"] * 4, vocab_size=300 if kind == "bpe" else 20
+    )
+    ours.save(folder / "tokenizer.json")
+    path = tmp_path / "model.gguf"
+    export_model(folder, path, file_format="gguf")
+    numbers = random.Random(2)
+    alphabet = "The sheep's  \n\r\t12é中🐑<|endoftext|>0x41\u3000\u0301!?"
+    with llama_cpp(path, context=23, batch=1, threads=1) as (tokens_of, _):
+        for _ in range(200):
+            string = "".join(numbers.choice(alphabet) for _ in range(numbers.randrange(1, 30)))
+            assert tokens_of(string) == [*ours.start_ids, *ours.encode(string)], string
+
+
+@pytest.mark.skipif(not HAS_LLAMA_CPP, reason="needs llama-cpp-python")
+def test_a_file_that_ends_llama_cpp_does_not_end_us(tmp_path, checkpoint, tokenizer):
+    folder, path = checkpoint("modern"), tmp_path / "model.gguf"
+    export_model(folder, path, file_format="gguf")
+    change(path, without=["blk.1.ffn_up.weight"])
+    with pytest.raises(CheckpointError, match=r"llama\.cpp does not load the exported file"):
+        prove_with_llama_cpp(path, load_pretrained(folder), tokenizer, "f32")
 
 
 def test_characters_without_a_space_and_with_one_that_looks_like_it(tmp_path, checkpoint):
@@ -568,12 +600,13 @@ def test_pieces_with_scores(tmp_path, checkpoint, capfd):
         ({"token_type": [1, 2]}, [], "token_type is not a list of 300 numbers"),
         ({"tokens": ["a"] * 300}, [], "two tokens have the same name"),
         ({"tokens": [f"t{n}" for n in range(300)]}, [], "is damaged"),
+        ({"tokens": ["a" * 2000] + [f"t{n}" for n in range(299)]}, [], "a token has 2000 characters"),
         ({}, ["tokenizer.ggml.tokens"], "there are no tokens"),
         ({}, ["tokenizer.ggml.merges"], "there are no merges"),
         ({"eos_token_id": 300}, [], "eos_token_id is 300, but there are 300 tokens"),
         ({"model": "llama"}, [], "there is no token for the byte"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_tokenizers_that_cannot_be_used_are_said(tmp_path, checkpoint, fields, without, message, tokenizer):
     path = file_with(tmp_path, checkpoint, fields, without)
@@ -609,3 +642,24 @@ def test_without_the_library_it_is_named(tmp_path, checkpoint, monkeypatch):
     with pytest.raises(CheckpointError, match=r"need the package gguf\. .* 'sheepop\[interop\]'"):
         export_model(checkpoint("modern"), tmp_path / "model.gguf", file_format="gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_model_whose_texts_begin_with_nothing_is_evaluated_and_trained_further(tmp_path, checkpoint, tokenizer):
+    path = file_with(tmp_path, checkpoint, {"add_bos_token": False})
+    import_model(path, tmp_path / "back", tokenizer=None)
+    (tmp_path / "more.txt").write_text("The dog sees the sheep at night.\n" * 40)
+
+    def run(*words):
+        return subprocess.run([sys.executable, "-m", "sheepop", *map(str, words)], capture_output=True, text=True)
+
+    done = run("evaluate", "--checkpoint", tmp_path / "back", "--data", tmp_path / "more.txt", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] > 40
+    words = ["--init-from", tmp_path / "back", "--output", tmp_path / "run", "--data.data_dir", tmp_path / "data"]
+    done = run("train", "--data", tmp_path / "more.txt", *words, "--training.max_steps", 2, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    trained = Tokenizer.load(resolve_checkpoint(tmp_path / "run"))
+    assert (trained.start_ids, trained.end_of_text_id) == ([], tokenizer.end_of_text_id)
+    for prompt in ("", "The"):  # an empty one begins with the end of the one before
+        done = run("generate", "--checkpoint", tmp_path / "run", "--prompt", prompt, "--max-new-tokens", 2, "--json")
+        assert done.returncode == 0, done.stderr

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -6,7 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sheepop.cli import main
 from sheepop.config import Config, ModelConfig
+from sheepop.data.tokenizer import Tokenizer
+from sheepop.interop.imported import write_imported
 from sheepop.models.pretrained import load_pretrained, save_weights, stored_weights
 from sheepop.models.quantization import quantize
 from sheepop.models.quantized_layers import GROUP, LARGEST, QuantizedLinear
@@ -99,3 +103,40 @@ def test_inputs_that_fill_no_group_keep_8_bits() -> None:
 def test_a_quantized_model_is_not_quantized_again() -> None:
     with pytest.raises(ConfigError, match="int8"):
         quantize(quantize(tiny(), "int8"), "int4")
+
+
+def test_the_command_writes_a_checkpoint_that_evaluates_and_generates_but_does_not_learn_or_leave(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the ewe is old and the dog is young. " * 40)
+    tokenizer = Tokenizer.train("char", [text.read_text()], vocab_size=64)
+    model = tiny(vocab_size=tokenizer.vocab_size)
+    write_imported(tmp_path / "model", model.config, stored_weights(model), tokenizer)
+    eight = tmp_path / "eight"
+    words = ["quantize", "--checkpoint", str(tmp_path / "model"), "--output", str(eight), "--to", "int8"]
+    run_command([*words, "--data", str(text)])
+    assert "perplexity" in capsys.readouterr().out
+    run_command(["generate", "--checkpoint", str(eight), "--prompt", "the", "--max-new-tokens", "5", "--json"])
+    written = json.loads(capsys.readouterr().out)["completions"][0]["token_ids"]
+    arguments = ["--checkpoint", str(tmp_path / "model"), "--prompt", "the", "--max-new-tokens", "5", "--json"]
+    run_command(["generate", *arguments, "--quantize", "int8"])
+    assert json.loads(capsys.readouterr().out)["completions"][0]["token_ids"] == written
+    for refused in (
+        ["train", "--data", str(text), "--output", str(tmp_path / "run"), "--training.init_from", str(eight)],
+        ["export", "--checkpoint", str(eight), "--format", "hf", "--output", str(tmp_path / "hf")],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run_command(refused)
+        assert ended.value.code in (2, 4)
+        assert "quantization" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "hf").exists()
+
+
+def run_command(words: list[str]) -> None:
+    try:
+        main(words)
+    except SystemExit as ended:
+        if ended.code:
+            raise

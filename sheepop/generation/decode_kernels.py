@@ -73,13 +73,16 @@ def matmul_int8(
 def matmul_int4(
     inputs: Floats,
     values: NDArray[np.uint8],
-    scale: Floats,
-    lowest: Floats,
+    scale: NDArray[np.uint16],
+    lowest: NDArray[np.uint16],
     bias: Floats,
     outputs: Floats,
     adds: bool,
 ) -> None:
-    """Do what `matmul_fp32` does for 4 bits: values (O, G, 32), two weights a byte; scale and lowest value (O, G)."""
+    """Do what `matmul_fp32` does for 4 bits: values (O, G/2, 32), and of each group scale and lowest value (O, G), bf16.
+
+    Byte j of the first two groups holds weights j and j + 32.
+    """
     rows = len(inputs)
     for o in prange(len(values)):
         offset = bias[o] if len(bias) else NOTHING

@@ -128,7 +128,9 @@ def norm_of(norm: nn.Module) -> Callable[[Floats, Floats], None]:
 
 
 def numbers(tensor: Any) -> NDArray[Any]:
-    """Return a tensor's memory as an array."""
+    """Return a tensor's memory as an array; of bf16, which numpy does not know, the bits."""
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
     return tensor.detach().numpy()  # type: ignore[no-any-return]
 
 

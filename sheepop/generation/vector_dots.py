@@ -75,17 +75,28 @@ def unpack_int8(builder: Any, group: Any, values: Any) -> list[Any]:
 
 
 def unpack_int4(builder: Any, group: Any, values: Any, scale: Any, lowest: Any) -> list[Any]:
-    """Return the 64 weights of a group as vectors of fp32: halves of bytes, times a scale, plus the lowest value."""
+    """Return the 64 weights of two groups as vectors of fp32: halves of bytes, times a scale, plus the lowest value."""
     start = builder.mul(group, LONG(HALF))
     fetch(builder, values, start, HALF)
     pairs = load(builder, values, start, HALF)
-    step, low = (splat(builder, builder.load(builder.gep(pointer, [group])), HALF) for pointer in (scale, lowest))
-    numbers = (
-        builder.and_(pairs, ir.Constant(pairs.type, [15] * HALF)),
-        builder.lshr(pairs, ir.Constant(pairs.type, [4] * HALF)),
-    )
     vector = ir.VectorType(FLOAT, HALF)
-    return [multiply_add(builder, builder.uitofp(number, vector), step, low) for number in numbers]
+    unpacked = []
+    for half, numbers in enumerate(
+        (
+            builder.and_(pairs, ir.Constant(pairs.type, [15] * HALF)),
+            builder.lshr(pairs, ir.Constant(pairs.type, [4] * HALF)),
+        )
+    ):
+        place = builder.add(builder.mul(group, LONG(2)), LONG(half))
+        step, low = (splat(builder, load_bf16(builder, array, place), HALF) for array in (scale, lowest))
+        unpacked.append(multiply_add(builder, builder.uitofp(numbers, vector), step, low))
+    return unpacked
+
+
+def load_bf16(builder: Any, pointer: Any, index: Any) -> Any:
+    """Return a number of bf16, which numba knows as 16 bits, as fp32: it is the upper half of one."""
+    bits = builder.zext(builder.load(builder.gep(pointer, [index])), INT)
+    return builder.bitcast(builder.shl(bits, INT(16)), FLOAT)
 
 
 def code_of(unpack: Callable[..., list[Any]], rows: int) -> Callable[..., Any]:
@@ -143,11 +154,11 @@ def dot_int8_4(typing: Any, a: Any, b: Any, c: Any, d: Any, values: Any) -> Any:
 
 @intrinsic
 def dot_int4(typing: Any, inputs: Any, values: Any, scale: Any, lowest: Any) -> Any:  # noqa: ARG001
-    """Return the product of inputs (I,) and the weights in values (G, 32), scale (G,) and lowest (G,)."""
+    """Return the product of inputs (I,) and weights of 4 bits, as in `decode_kernels.matmul_int4`."""
     return types.float32(inputs, values, scale, lowest), code_of(unpack_int4, 1)
 
 
 @intrinsic
 def dot_int4_4(typing: Any, a: Any, b: Any, c: Any, d: Any, values: Any, scale: Any, lowest: Any) -> Any:  # noqa: ARG001
-    """Return the products of four inputs (I,) and the weights in values (G, 32), scale (G,) and lowest (G,)."""
+    """Return the products of four inputs (I,) and weights of 4 bits, as in `decode_kernels.matmul_int4`."""
     return types.UniTuple(types.float32, 4)(a, b, c, d, values, scale, lowest), code_of(unpack_int4, 4)

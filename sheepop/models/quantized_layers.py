@@ -1,7 +1,8 @@
 """Weights in 8 or 4 bits: a quarter or an eighth of the memory to keep and, for one token, of the time to read.
 
 Only the matrices are rounded; what passes through them stays as it is. Of 8 bits each row has one scale, symmetric
-about zero. Of 4 bits each group of 64 neighbours in a row has a scale and a lowest value (as Q4_1 of GGUF has for 32).
+about zero. Of 4 bits each group of 32 neighbours in a row has a scale and a lowest value, as in Q4_1 of GGUF, with which
+a weight takes 5.
 """
 
 from typing import Literal
@@ -14,7 +15,8 @@ from sheepop.models.linear import Linear, linear
 
 Quantization = Literal["int8", "int4"]
 
-GROUP = 64  # weights that share a scale in 4 bits
+GROUP = 32  # weights that share a scale in 4 bits
+PAIR = 2 * GROUP  # weights of two groups, which lie in the halves of the same bytes
 LEVELS = 15  # the largest number in 4 bits
 LARGEST = 127
 SMALLEST = torch.finfo(torch.float32).tiny  # a scale that is not zero
@@ -27,8 +29,8 @@ ROWS_AT_ONCE = 2**22  # weights of which the candidates are in memory at one tim
 class QuantizedLinear(nn.Module):
     """A linear layer whose weight (O, I) is kept in 8 or 4 bits, for inference alone.
 
-    In 4 bits byte j of a group holds weight j in its lower half and weight j + 32 in its upper. A layer whose inputs
-    are no multiple of a group is kept in 8 bits.
+    In 4 bits two groups share their bytes: byte j holds weight j of the first in its lower half and of the second in
+    its upper. A layer whose inputs are no multiple of two groups is kept in 8 bits.
     """
 
     values: Tensor
@@ -39,12 +41,12 @@ class QuantizedLinear(nn.Module):
     def __init__(self, num_inputs: int, num_outputs: int, *, bias: bool, quantization: Quantization = "int8") -> None:
         super().__init__()
         self.num_inputs = num_inputs
-        self.is_packed = quantization == "int4" and num_inputs % GROUP == 0
+        self.is_packed = quantization == "int4" and num_inputs % PAIR == 0
         if self.is_packed:
-            groups = num_inputs // GROUP
-            self.register_buffer("values", torch.empty((num_outputs, groups, GROUP // 2), dtype=torch.uint8))
-            self.register_buffer("scale", torch.empty(num_outputs, groups))
-            self.register_buffer("lowest", torch.empty(num_outputs, groups))
+            shape = num_outputs, num_inputs // GROUP
+            self.register_buffer("values", torch.empty((num_outputs, num_inputs // PAIR, GROUP), dtype=torch.uint8))
+            self.register_buffer("scale", torch.empty(shape, dtype=torch.bfloat16))
+            self.register_buffer("lowest", torch.empty(shape, dtype=torch.bfloat16))
         else:
             self.register_buffer("values", torch.empty((num_outputs, num_inputs), dtype=torch.int8))
             self.register_buffer("scale", torch.empty(num_outputs))
@@ -57,11 +59,11 @@ class QuantizedLinear(nn.Module):
 
     def rows(self, which: Tensor | slice) -> Tensor:
         """Return rows of the weight as fp32: (..., I)."""
-        values, scale = self.values[which], self.scale[which, ..., None]
+        values, scale = self.values[which], self.scale[which, ..., None].float()
         if not self.is_packed:
             return values.float() * scale
-        numbers = torch.cat((values & 15, values >> 4), dim=-1).float()  # (..., G, 64)
-        return (numbers * scale + self.lowest[which, ..., None]).flatten(-2)
+        numbers = torch.stack((values & 15, values >> 4), dim=-2).flatten(-3, -2).float()  # (..., G, 32)
+        return (numbers * scale + self.lowest[which, ..., None].float()).flatten(-2)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (..., I) to (..., O)."""
@@ -77,8 +79,7 @@ class QuantizedLinear(nn.Module):
             part = slice(start, start + at_once)
             if self.is_packed:
                 numbers, self.scale[part], self.lowest[part] = round_groups(weight[part].float())
-                low, high = numbers.chunk(2, dim=-1)
-                self.values[part] = low | high << 4
+                self.values[part] = numbers[:, 0::2] | numbers[:, 1::2] << 4
             else:
                 self.values[part], self.scale[part] = round_rows(weight[part].float())
 
@@ -119,7 +120,7 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Round rows (O, I) to 4 bits: numbers 0 to 15 as uint8 (O, G, 64), scale and lowest value of each group (O, G)."""
+    """Round rows (O, I) to 4 bits: numbers 0 to 15 as uint8 (O, G, 32), scale and lowest value of each group (O, G)."""
     groups = weight.view(len(weight), -1, GROUP)
     low, high = groups.amin(-1), groups.amax(-1)
     middle, half = (low + high) / 2, (high - low) / 2
@@ -127,6 +128,7 @@ def round_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     numbers, scale, lowest = torch.zeros_like(groups, dtype=torch.uint8), torch.zeros_like(low), torch.zeros_like(low)
     for shrink in SHRINKS:
         begin, step = middle - shrink * half, (2 * shrink * half / LEVELS).clamp(min=SMALLEST)
+        begin, step = (each.bfloat16().float() for each in (begin, step))  # as they are kept
         found = ((groups - begin[..., None]) / step[..., None]).round().clamp(0, LEVELS)
         error = (found * step[..., None] + begin[..., None] - groups).square().sum(-1)  # (O, G)
         is_better = error < least

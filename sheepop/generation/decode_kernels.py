@@ -79,7 +79,7 @@ def matmul_int4(
     outputs: Floats,
     adds: bool,
 ) -> None:
-    """Do what `matmul_fp32` does for 4 bits: values (O, G/2, 32), and of each group scale and lowest value (O, G), bf16.
+    """Do what `matmul_fp32` does for 4 bits: values (O, G/2, 32), of each group scale and lowest value (O, G), bf16.
 
     Byte j of the first two groups holds weights j and j + 32.
     """

@@ -1,8 +1,8 @@
 """Weights in 8 or 4 bits: a quarter or an eighth of the memory to keep and, for one token, of the time to read.
 
 Only the matrices are rounded; what passes through them stays as it is. Of 8 bits each row has one scale, symmetric
-about zero. Of 4 bits each group of 32 neighbours in a row has a scale and a lowest value, as in Q4_1 of GGUF, with which
-a weight takes 5.
+about zero. Of 4 bits each group of 32 neighbours in a row has a scale and a lowest value, as in Q4_1 of GGUF, with
+which a weight takes 5.
 """
 
 from typing import Literal

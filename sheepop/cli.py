@@ -317,7 +317,9 @@ def generate(
     prompts: Annotated[
         Path | None, typer.Option(help='JSONL file of prompts, each line {"prompt": TEXT} and options of its own')
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="JSONL file for the completions of --prompts")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSONL file for the completions of --prompts; the folder of --benchmark")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "--max-length", help="tokens to write")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
     top_k: Annotated[int, typer.Option(help="choose among this many tokens; 0: all")] = 0,
@@ -338,6 +340,13 @@ def generate(
         typer.Option(help="guess tokens ahead and check them: lookup, or the checkpoint of a small model (PATH)"),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="completions of --prompts that are written at the same time")] = 16,
+    benchmark: Annotated[
+        bool,
+        typer.Option(
+            "--benchmark",
+            help="compare the naive way with the optimized one; table and plots go to the folder --output",
+        ),
+    ] = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -345,6 +354,9 @@ def generate(
     from sheepop.generation.sampling import SamplingSettings
     from sheepop.generation.terminal import check_combination, generate_from_file, generate_text
 
+    if benchmark:
+        compare_generation(checkpoint, output or Path("generation_benchmark"), max_new_tokens, quantize, device)
+        return
     settings = SamplingSettings(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
@@ -363,6 +375,24 @@ def generate(
         generate_from_file(checkpoint, prompts, output, settings, batch_size=batch_size, **common)
     else:
         generate_text(checkpoint, prompt or "", settings, optimized=optimized, **common)
+
+
+def compare_generation(
+    checkpoint: Path, output: Path, max_new_tokens: int, quantize: Bits | None, device: str | None
+) -> None:
+    """Print the table of `generate --benchmark`, and write it and its pictures to a folder."""
+    from sheepop.evaluation.generation_plots import write_generation_plots
+    from sheepop.generation.comparison import compare_ways, format_measurements
+    from sheepop.generation.terminal import load_model_and_tokenizer
+    from sheepop.utils.files import write_atomic
+
+    model, _ = load_model_and_tokenizer(checkpoint, device or "auto", quantize)
+    measurements = compare_ways(model, new_tokens=max_new_tokens)
+    table = format_measurements(measurements)
+    paths = write_generation_plots(measurements, output)
+    write_atomic(output / "table.txt", table + "\n")
+    print(table)
+    log(f"plots: {', '.join(map(str, paths))}")
 
 
 @app.command()

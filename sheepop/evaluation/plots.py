@@ -190,7 +190,7 @@ def _draw_perplexity(axes: "Axes", record: RunRecord, theme: Theme) -> None:
     _raw_and_smooth(axes, steps, np.exp(np.minimum(losses, 700)), theme, label="training", smooth_in_log=True)
     val_steps, perplexities = series(record.val, "perplexity")
     _validation(axes, val_steps, perplexities, theme, best=np.argmin, text="{:.4g}")
-    _plain_log_ticks(axes)
+    plain_log_ticks(axes)
     _legend(axes, theme)
 
 
@@ -208,7 +208,7 @@ def _draw_grad_norm(axes: "Axes", record: RunRecord, theme: Theme) -> None:
     steps, norms = series(record.train, "grad_norm")
     positive = norms > 0
     _raw_and_smooth(axes, steps[positive], norms[positive], theme, label="", smooth_in_log=True)
-    _plain_log_ticks(axes)
+    plain_log_ticks(axes)
 
 
 def _draw_throughput(axes: "Axes", record: RunRecord, theme: Theme) -> None:
@@ -325,7 +325,7 @@ def _legend(axes: "Axes", theme: Theme) -> None:
         )
 
 
-def _plain_log_ticks(axes: "Axes") -> None:
+def plain_log_ticks(axes: "Axes") -> None:
     """Write 20 and 0.5 instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

@@ -1,6 +1,8 @@
 """How much memory this process has taken and how much more it may take: measured, not estimated."""
 
 import contextlib
+import ctypes
+import gc
 import os
 import re
 import sys
@@ -30,6 +32,13 @@ def forget_peak() -> None:
     """Let `peak_resident_bytes` count from now on; Linux only, elsewhere nothing happens."""
     with contextlib.suppress(OSError):
         (PROC / "self" / "clear_refs").write_text("5")
+
+
+def give_back_freed() -> None:
+    """Give memory that was freed back to the system, so that it no longer counts as held; with glibc only."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -5,9 +5,11 @@ fp32 inputs and weights of 8 or 4 bits at one row. This is `TransformerModel.for
 the same weights and cache, for that case alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -56,6 +58,12 @@ class FastDecoder:
             pages: (N, M), which pages hold each one's sequence, in order.
             keys, values: of each layer (all pages, K, page size, C), where those of the tokens before are.
         """
+        with numba_threads():
+            return self._step(hidden, positions, pages, keys, values)
+
+    def _step(
+        self, hidden: Tensor, positions: Integers, pages: Integers, keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> Tensor:
         config, rows = self.config, len(hidden)
         stream = hidden.contiguous().numpy()  # (N, D)
         normed = aligned(rows, config.d_model)
@@ -83,6 +91,21 @@ class FastDecoder:
         logits = aligned(rows, config.vocab_size)
         self.head(normed, logits, False)
         return torch.from_numpy(logits)
+
+
+@contextmanager
+def numba_threads() -> Iterator[None]:
+    """Let the kernels use as many threads as PyTorch does, and PyTorch as many as before afterwards.
+
+    Both have them of OpenMP, whose number numba sets to that of the cores when it begins.
+    """
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 class Layer:

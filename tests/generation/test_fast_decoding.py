@@ -1,4 +1,6 @@
 import copy
+import subprocess
+import sys
 from typing import Literal
 
 import pytest
@@ -70,6 +72,24 @@ def test_texts_are_those_of_naive_generation_far_beyond_the_context(temperature:
     decode = FastDecoder(model)
     cached = generate_cached(model, [3, 1, 4], SamplingSettings(temperature), decode=decode, **request)  # type: ignore[arg-type]
     assert cached == naive
+
+
+def test_the_number_of_threads_stays_what_it_was() -> None:
+    # numba's first parallel region sets that of all of OpenMP, and with it PyTorch's: sums would then end otherwise.
+    script = """
+import torch
+torch.set_num_threads(1)
+from sheepop.config import ModelConfig
+from sheepop.generation.fast_decoding import FastDecoder
+from sheepop.models.kv_cache import KVCache
+from sheepop.models.transformer import TransformerModel
+config = ModelConfig(vocab_size=31, d_model=24, num_layers=1, num_heads=4, max_seq_len=8)
+with torch.inference_mode():
+    FastDecoder(TransformerModel(config).eval())(torch.zeros((1, 1), dtype=torch.int64), KVCache(config, 1, 1))
+print(torch.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
 
 
 def test_scores_that_are_not_finite_are_noticed() -> None:

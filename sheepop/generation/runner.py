@@ -79,8 +79,8 @@ class ModelRunner:
         return list(torch.split(logits.float(), [len(places) for places in wanted]))
 
 
-# Up to so many tokens of a step the kernels, which read a weight once for four of them, are faster than products of
-# whole matrices, which quantized weights have to be made into (`docs/log.md`).
+# Up to about so many tokens of a step the kernels, which read a weight once for four of them, are faster than products
+# of whole matrices; with quantized weights, which have to be made into such, up to twice as many (`docs/log.md`).
 FEW_TOKENS = 32
 
 

@@ -23,7 +23,7 @@ SMALLEST = torch.finfo(torch.float32).tiny  # a scale that is not zero
 # Cutting off a group's outermost weights costs them and spares the others: of these shares of the range the best is
 # taken, by the squared error (`docs/log.md`).
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-ROWS_AT_ONCE = 2**22  # weights of which the candidates are in memory at one time
+WEIGHTS_AT_ONCE = 2**22  # of which the candidates are in memory at one time
 
 
 class QuantizedLinear(nn.Module):
@@ -74,7 +74,7 @@ class QuantizedLinear(nn.Module):
         """Take a weight (O, I) and a bias (O,), rounded."""
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
-        at_once = max(1, ROWS_AT_ONCE // self.num_inputs)
+        at_once = max(1, WEIGHTS_AT_ONCE // self.num_inputs)
         for start in range(0, len(weight), at_once):
             part = slice(start, start + at_once)
             if self.is_packed:

@@ -18,7 +18,7 @@ lint: venv/.ready
 	venv/bin/mypy
 	venv/bin/lint-imports
 
-# The parts of docs/ that are made from the code; a test fails when they are out of date.
+# What the pages have from the code, tables and diagrams; a test fails when they are out of date.
 docs: venv/.ready
 	venv/bin/python docs/generate.py
 

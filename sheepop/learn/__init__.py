@@ -1,0 +1,1 @@
+"""What explains the model and its code."""

@@ -16,19 +16,16 @@ from typing import Any
 
 from sheepop.learn.code_reading import (
     LOOKING_ON,
-    PREDICATES,
     Scope,
     calls_in,
-    condition_words,
     function_of,
     is_never_returning,
     is_work,
     name_of,
-    name_words,
     title_of,
 )
 from sheepop.learn.flowchart import Flowchart, Node, wrap
-from sheepop.learn.forward_trace import first_sentence, short
+from sheepop.learn.wording import PREDICATES, condition_words, first_sentence, name_words, short
 
 BOX_WIDTH = 28  # characters a line
 DECISION_WIDTH = 18  # of a diamond, which is twice as wide as what it holds

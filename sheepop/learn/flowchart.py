@@ -19,11 +19,8 @@ SPACING = (
     '%%{init: {"flowchart": {"nodeSpacing": 30, "rankSpacing": 32, "padding": 9, '
     '"wrappingWidth": 400, "subGraphTitleMargin": {"top": 2, "bottom": 10}}}}%%'
 )
-CHARACTER, EM, BORDERS = (
-    8,
-    16,
-    76,
-)  # pixels: of a usual character, of an em space, and around what a box in a group says
+# Pixels: of a usual character, of an em space, and around what a box in a group says.
+CHARACTER, EM, BORDERS = 8, 16, 106
 # What would end a label, or be read as HTML or as a code.
 CODES = str.maketrans({'"': "#quot;", "#": "#35;", "<": "#lt;", ">": "#gt;", "`": "", "\n": " "})
 
@@ -140,10 +137,11 @@ def without_implied(arrows: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
                 waiting += followers.get(place, ())
         return found
 
+    ways = {place: reached(place) for arrow in arrows for place in arrow}
     implied = {
         (source, target)
-        for source, targets in followers.items()
-        for target in targets
-        if any(target in reached(other) and other not in reached(target) for other in targets - {target})
+        for source, target in arrows
+        for other in followers[source] - {target}
+        if target in ways[other] and other not in ways[target] and source not in ways[other]
     }
     return arrows - implied

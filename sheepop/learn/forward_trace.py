@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sheepop.config import ModelConfig
+from sheepop.learn.wording import first_sentence
 from sheepop.models.transformer import TransformerModel
 
-FEW_CHARACTERS = 20  # a beginning that says little
 LEAST_NAMED = 3  # sizes below it, as that of a pair, are too common to have letters
 
 
@@ -166,7 +165,8 @@ class _Recorder(TorchFunctionMode):
             owner = frame.f_locals.get("self")
             is_module = id(owner) in self._modules
             is_project = str(frame.f_globals.get("__name__")).startswith("sheepop.models")
-            if is_project or (is_module and frame.f_code.co_name == "forward"):
+            is_named = not frame.f_code.co_name.startswith("<")  # unlike a lambda
+            if is_named and (is_project or (is_module and frame.f_code.co_name == "forward")):
                 inside.append(frame)
             frame = frame.f_back
         yield from reversed(inside)
@@ -199,31 +199,12 @@ class _Recorder(TorchFunctionMode):
         return Value(id(tensor), tuple(tensor.shape), names, parameter)
 
 
-def first_sentence(documentation: str) -> str:
-    """Return the first sentence of a documentation, without its full stop."""
-    paragraph = documentation.partition("\n\n")[0].replace("\n", " ")
-    return re.split(r"(?<!et al)\. ", paragraph)[0].rstrip(".")
-
-
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for part in value:
             yield from _tensors(part)
-
-
-def short(text: str, most: int = 70) -> str:
-    """Return the beginning of a sentence without its asides: what stands in brackets of its own, or after a comma."""
-    text = re.sub(r"(?<=\s)\([^()]*\),?", "", text.replace("`", "'")).removeprefix("Return ")
-    depth, end = 0, len(text)
-    for place, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if depth == 0 and (character in ";:" or (character == "," and place >= FEW_CHARACTERS)):
-            end = place
-            break
-    text = " ".join(text[:end].split())
-    return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " …"
 
 
 def module_kind(module: nn.Module) -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from sheepop.config import ModelConfig
 from sheepop.learn.flowchart import Flowchart, Node, wrap
-from sheepop.learn.forward_trace import Call, ForwardTrace, Operation, module_kind, short, trace_forward
+from sheepop.learn.forward_trace import Call, ForwardTrace, Operation, module_kind, trace_forward
+from sheepop.learn.wording import short
 
 # Operations that lay the same numbers out anew: arrows pass through them.
 LAYOUT = frozenset(

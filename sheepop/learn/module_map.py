@@ -6,7 +6,7 @@ from itertools import pairwise, product
 from pathlib import Path
 
 from sheepop.learn.flowchart import Flowchart, Node, without_implied, wrap
-from sheepop.learn.forward_trace import first_sentence, short
+from sheepop.learn.wording import first_sentence, short
 
 WIDTH = 24
 

@@ -12,20 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sheepop.learn.code_reading import (
-    PREDICATES,
     Scope,
     calls_in,
-    condition_words,
     function_of,
     handed_over,
     hints_of,
     is_work,
     name_of,
-    name_words,
     title_of,
 )
 from sheepop.learn.flowchart import Flowchart, Node, wrap
-from sheepop.learn.forward_trace import first_sentence, short
+from sheepop.learn.wording import PREDICATES, condition_words, first_sentence, name_words, short
 
 WIDTH = 40  # characters a line of a box
 SHARE_OF_WORK = "sheepop.data.parts.Unit"  # who takes or gives one shares the work out, and does none of it

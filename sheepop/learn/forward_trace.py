@@ -85,9 +85,10 @@ class ForwardTrace:
 
 def trace_forward(config: ModelConfig) -> ForwardTrace:
     """Build the model that the settings describe and run it once, as it runs while it learns."""
-    sizes = sizes_of(config)
-    batch, time = itertools.islice((size for size in itertools.count(5) if size not in sizes), 2)
-    time = min(time, config.max_seq_len)
+    named = named_sizes(config)
+    taken = {size for _, size in named}
+    time = min(next(size for size in itertools.count(5) if size not in taken), config.max_seq_len)
+    batch = next(size for size in itertools.count(5) if size not in {*taken, time})
     with torch.device("meta"):
         model = TransformerModel(config, initialize=False)
         token_ids = torch.zeros((batch, time), dtype=torch.int64)
@@ -101,11 +102,11 @@ def trace_forward(config: ModelConfig) -> ForwardTrace:
     recorder = _Recorder(model)
     with torch.no_grad(), recorder:
         model(token_ids)
-    return ForwardTrace(model, recorder.operations, results, sizes | {batch: "B", time: "T"})
+    return ForwardTrace(model, recorder.operations, results, letters_of([("B", batch), ("T", time), *named]))
 
 
-def sizes_of(config: ModelConfig) -> dict[int, str]:
-    """Return the letter of each size of the model; a size that two letters share has none."""
+def named_sizes(config: ModelConfig) -> list[tuple[str, int]]:
+    """Return the letters of a model's sizes, with the sizes."""
     heads, groups = config.num_heads, config.num_kv_heads
     named = [("V", config.vocab_size), ("D", config.d_model), ("F", config.d_ff), ("H", heads), ("C", config.head_dim)]
     named.append(("C/2", config.head_dim // 2))
@@ -118,6 +119,11 @@ def sizes_of(config: ModelConfig) -> dict[int, str]:
         named.append(("H·C", heads * config.head_dim))
     if config.is_gated:
         named.append(("2F", 2 * config.d_ff))
+    return named
+
+
+def letters_of(named: list[tuple[str, int]]) -> dict[int, str]:
+    """Return the letter of each size; one that two letters share has none."""
     sizes = [size for _, size in named]
     return {size: letter for letter, size in named if sizes.count(size) == 1 and size >= LEAST_NAMED}
 

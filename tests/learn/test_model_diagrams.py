@@ -69,6 +69,9 @@ def test_sizes_have_their_letters(read_mermaid: Any) -> None:
 def test_a_size_that_is_ambiguous_stays_a_number() -> None:
     trace = trace_forward(ModelConfig(**SIZES | {"d_ff": 97}))
     assert trace.shape_text((48, 97, 2)) == "(D, 97, 2)"
+    no_room = trace_forward(ModelConfig(**SIZES | {"num_heads": 4, "max_seq_len": 4}))  # T can only be what H is
+    batch, time, width = no_room.operations[0].outputs[0].shape
+    assert no_room.shape_text((batch, time, width)) == "(B, 4, D)"
 
 
 def test_queries_keys_and_values_go_their_ways(read_mermaid: Any) -> None:

@@ -1,0 +1,1 @@
+"""Explanation: what happens inside a model, and the formulas for it, on real numbers."""

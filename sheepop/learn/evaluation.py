@@ -155,7 +155,7 @@ class Evaluation:
             return parts[0].T
         if kind is Softmax:
             powers = np.exp(parts[0] - parts[0].max(axis=-1, keepdims=True))
-            return powers / powers.sum(axis=-1, keepdims=True)
+            return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
         return FUNCTIONS[kind](parts[0])
 
     def element(self, expression: sympy.Indexed) -> Numbers:

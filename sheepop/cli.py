@@ -339,6 +339,9 @@ def generate(
         str | None,
         typer.Option(help="guess tokens ahead and check them: lookup, or the checkpoint of a small model (PATH)"),
     ] = None,
+    json_schema: Annotated[Path | None, typer.Option(help="file of a JSON schema that the output follows")] = None,
+    regex: Annotated[str | None, typer.Option(help="regular expression that the whole output follows")] = None,
+    grammar: Annotated[Path | None, typer.Option(help="file of a Lark grammar that the output follows")] = None,
     batch_size: Annotated[int, typer.Option(help="completions of --prompts that are written at the same time")] = 16,
     benchmark: Annotated[
         bool,
@@ -352,7 +355,7 @@ def generate(
 ) -> None:
     """Let a model continue a text, or every text of a file (which goes on where it was interrupted)."""
     from sheepop.generation.sampling import SamplingSettings
-    from sheepop.generation.terminal import check_combination, generate_from_file, generate_text
+    from sheepop.generation.terminal import check_combination, generate_from_file, generate_text, read_grammar
 
     if benchmark:
         compare_generation(checkpoint, output or Path("generation_benchmark"), max_new_tokens, quantize, device)
@@ -360,7 +363,10 @@ def generate(
     settings = SamplingSettings(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
-    check_combination(prompt=prompt, prompts=prompts, output=output, optimized=optimized, speculate=speculate)
+    followed = read_grammar(json_schema, regex, grammar)
+    check_combination(
+        prompt=prompt, prompts=prompts, output=output, optimized=optimized, speculate=speculate, grammar=followed
+    )
     common: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "seed": seed,
@@ -368,6 +374,7 @@ def generate(
         "stop": stop or [],
         "quantization": quantize,
         "speculate": speculate,
+        "grammar": followed,
         "device": device or "auto",
         "as_json": as_json,
     }

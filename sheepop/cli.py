@@ -289,6 +289,9 @@ def verify_resume(
 def evaluate(
     checkpoint: Checkpoint,
     data: Data = None,
+    context: Annotated[
+        int | None, typer.Option(help="tokens of a window (default: as in training, or all that the model sees)")
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(help="score with overlapping windows this far apart (default: no overlap)")
     ] = None,
@@ -301,7 +304,12 @@ def evaluate(
     from sheepop.models.pretrained import resolve_checkpoint
 
     result = evaluate_checkpoint(
-        resolve_checkpoint(checkpoint), data, device=device or "auto", stride=stride, batch_size=batch_size
+        resolve_checkpoint(checkpoint),
+        data,
+        device=device or "auto",
+        context=context,
+        stride=stride,
+        batch_size=batch_size,
     )
     if as_json:
         print(json.dumps(result, ensure_ascii=False))

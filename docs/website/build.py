@@ -1,5 +1,6 @@
 """Build the site: gather, generate, draw the formulas, check."""
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,11 @@ from website.pages import gather_pages
 
 # The generator's offline search asks for this script from a server; ours is `assets/worker.js`.
 FOREIGN_WORKER = "https://unpkg.com/iframe-worker/shim"
+CELL = re.compile(
+    r"<td[^>]*>.*?</td>", re.DOTALL
+)  # where code keeps the backslash that kept a bar from ending the cell
+# What the search knows is loaded with every page; of the reference it is the words, not the code.
+SOURCE_CODE = re.compile(r"Source code in <code>[^<]*</code>\s*<pre>.*?</pre>", re.DOTALL)
 
 
 def build_site(project: Path, into: Path) -> Path:
@@ -30,6 +36,7 @@ def build_site(project: Path, into: Path) -> Path:
     shutil.rmtree(site, ignore_errors=True)
     run_generator(project, into)
     problems = finish_pages(site)
+    shorten_index(site)
     problems += find_problems(project, into / "build" / "pages", site)
     if problems:
         raise SiteError("the site is not as it should be:\n" + "\n".join(f"  {problem}" for problem in problems))
@@ -52,15 +59,26 @@ def run_generator(project: Path, into: Path) -> None:
 
 
 def finish_pages(site: Path) -> list[str]:
-    """Draw the formulas of all pages and make their search independent of a server; return what went wrong."""
+    """Draw the formulas of all pages and make their search need no server; return what is wrong with formulas."""
     problems = []
     (site / "404.html").unlink(missing_ok=True)  # for servers; its links are a server's
     for path in sorted(site.rglob("*.html")):
         page, wrong = draw_formulas(path.read_text(encoding="utf-8"))
+        page = CELL.sub(lambda cell: cell[0].replace(r"\|", "|"), page)
         problems += [f"{path.relative_to(site)}: {problem}" for problem in wrong]
         up = "../" * (len(path.relative_to(site).parts) - 1)
         path.write_text(page.replace(FOREIGN_WORKER, f"{up}assets/worker.js"), encoding="utf-8")
     return problems
+
+
+def shorten_index(site: Path) -> None:
+    """Leave the source code out of what the search knows."""
+    index = json.loads((site / "search.json").read_text(encoding="utf-8"))
+    for item in index["items"]:
+        item["text"] = SOURCE_CODE.sub("", item["text"])
+    text = json.dumps(index, ensure_ascii=False, separators=(",", ":"))
+    (site / "search.json").write_text(text, encoding="utf-8")
+    (site / "search.js").write_text(f"var __index = {text}", encoding="utf-8")
 
 
 def main() -> int:

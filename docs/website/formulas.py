@@ -8,7 +8,7 @@ import re
 
 from math_core import LatexError, LatexToMathML
 
-FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>', re.DOTALL)
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>([,.;:!?)]*)', re.DOTALL)
 
 
 def draw_formulas(page: str) -> tuple[str, list[str]]:
@@ -20,13 +20,13 @@ def draw_formulas(page: str) -> tuple[str, list[str]]:
     problems = []
 
     def draw(match: re.Match[str]) -> str:
-        tag, bracket, escaped = match.groups()
+        tag, bracket, escaped, punctuation = match.groups()
         latex = html.unescape(escaped).strip()
         try:
             mathml = converter.convert_with_local_state(latex, displaystyle=bracket == "[")
         except LatexError as error:
             problems.append(f"formula {latex!r}, at character {error}")
             return match[0]
-        return f'<{tag} class="formula">{mathml}</{tag}>'
+        return f'<{tag} class="formula">{mathml}{punctuation}</{tag}>'  # no line may begin with a comma
 
     return FORMULA.sub(draw, page), problems

@@ -63,6 +63,8 @@ def test_a_small_project_becomes_a_site(small_project: Path, tmp_path: Path) -> 
     assert 'href="settings.json"' in start
     assert 'href="docs/chapters/attention.html#the-score"' in start
     assert json.loads((site / "settings.json").read_text(encoding="utf-8")) == {}
+    table = (site / "docs" / "index.html").read_text(encoding="utf-8")
+    assert "<code>x | y</code>" in table
     chapter = (site / "docs" / "chapters" / "attention.html").read_text(encoding="utf-8")
     assert len(re.findall(r"<math\b", chapter)) == 3
     assert len(re.findall(r"<math display=\"block\"", chapter)) == 2
@@ -71,6 +73,10 @@ def test_a_small_project_becomes_a_site(small_project: Path, tmp_path: Path) -> 
     reference = (site / "api" / "sheepop.wool.html").read_text(encoding="utf-8")
     assert 'id="sheepop.wool.spin.Thread.twist"' in reference
     assert "press" not in reference
+    known = (site / "search.json").read_text(encoding="utf-8")
+    assert "Thread" in known
+    assert "def twist" not in known
+    assert (site / "search.js").read_text(encoding="utf-8").endswith(known)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,12 @@ def test_latex_becomes_mathml(latex: str, elements: list[str]) -> None:
     assert html.escape(latex, quote=False) in page  # it can be copied
 
 
+def test_punctuation_stays_with_its_formula() -> None:
+    page, _ = draw_formulas('<span class="arithmatex">\\(x\\)</span>), <span class="arithmatex">\\(y\\)</span> b')
+    assert "</math>),</span> <span" in page
+    assert page.endswith("</math></span> b")
+
+
 def test_a_formula_in_a_line_is_no_block_and_neighbours_stay_apart() -> None:
     page, problems = draw_formulas(
         '<span class="arithmatex">\\(x_{&lt;t}\\)</span> and <span class="arithmatex">\\(y\\)</span>'

@@ -26,9 +26,9 @@
     for (const [index, { figure, source }] of figures.entries()) {
       try {
         figure.innerHTML = (await mermaid.render(`diagram-${index}`, source)).svg;
-        // A diagram that is too wide shrinks to three quarters at most, so that its words can be read, then it scrolls.
+        // A diagram that is too wide shrinks to two thirds at most, so that its words can be read, then it scrolls.
         const svg = figure.firstElementChild;
-        svg.style.minWidth = `${0.75 * svg.viewBox.baseVal.width}px`;
+        svg.style.minWidth = `${0.66 * svg.viewBox.baseVal.width}px`;
       } catch (error) {
         document.getElementById(`ddiagram-${index}`)?.remove(); // what Mermaid leaves behind when it fails
         console.error(`diagram ${index + 1} of this page: ${error.message}`);

@@ -140,6 +140,7 @@ def test_formulas_diagrams_and_search_work_from_a_folder(browser: Any, small_pro
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_this_project_becomes_a_site_that_opens_from_a_folder(request: Any, tmp_path: Path) -> None:
     for package, *_ in pages.BORROWED:
         if importlib.util.find_spec(package) is None:

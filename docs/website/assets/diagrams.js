@@ -3,6 +3,16 @@
 (() => {
   const folder = new URL(".", document.currentScript.src);
   const figures = [];
+  // Mermaid's own dark colours are for a grey page; these are for one that is nearly black.
+  const NIGHT = {
+    mainBkg: "#252a35",
+    nodeBorder: "#6b7385",
+    clusterBkg: "#14171d",
+    clusterBorder: "#444b5a",
+    edgeLabelBackground: "#0c0d11",
+    labelBackground: "#0c0d11",
+    lineColor: "#a9b0c0",
+  };
 
   function load(name) {
     return new Promise((resolve, reject) => {
@@ -15,13 +25,13 @@
   }
 
   async function draw() {
-    const style = getComputedStyle(document.body);
+    const isDark = document.body.dataset.mdColorScheme === "slate";
     mermaid.initialize({
       startOnLoad: false,
       securityLevel: "strict",
-      theme: document.body.dataset.mdColorScheme === "slate" ? "dark" : "neutral",
-      fontFamily: style.fontFamily,
-      flowchart: { useMaxWidth: true },
+      fontFamily: getComputedStyle(document.body).fontFamily,
+      theme: isDark ? "dark" : "neutral",
+      themeVariables: isDark ? NIGHT : {},
     });
     for (const [index, { figure, source }] of figures.entries()) {
       try {

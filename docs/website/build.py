@@ -14,10 +14,9 @@ from website.formulas import draw_formulas
 from website.pages import gather_pages
 
 # The generator's offline search asks for this script from a server; ours is `assets/worker.js`.
-FOREIGN_WORKER = "https://unpkg.com/iframe-worker/shim"
-CELL = re.compile(
-    r"<td[^>]*>.*?</td>", re.DOTALL
-)  # where code keeps the backslash that kept a bar from ending the cell
+FOREIGN_WORKER = re.compile(r"https://[^\"]*/iframe-worker/shim")
+# In a cell, code keeps the backslash that kept a bar from ending the cell.
+CELL = re.compile(r"<td[^>]*>.*?</td>", re.DOTALL)
 # What the search knows is loaded with every page; of the reference it is the words, not the code.
 SOURCE_CODE = re.compile(r"Source code in <code>[^<]*</code>\s*<pre>.*?</pre>", re.DOTALL)
 
@@ -67,7 +66,7 @@ def finish_pages(site: Path) -> list[str]:
         page = CELL.sub(lambda cell: cell[0].replace(r"\|", "|"), page)
         problems += [f"{path.relative_to(site)}: {problem}" for problem in wrong]
         up = "../" * (len(path.relative_to(site).parts) - 1)
-        path.write_text(page.replace(FOREIGN_WORKER, f"{up}assets/worker.js"), encoding="utf-8")
+        path.write_text(FOREIGN_WORKER.sub(f"{up}assets/worker.js", page), encoding="utf-8")
     return problems
 
 

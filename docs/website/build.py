@@ -15,7 +15,7 @@ from website.pages import gather_pages
 
 # The generator's offline search asks for this script from a server; ours is `assets/worker.js`.
 FOREIGN_WORKER = re.compile(r"https://[^\"]*/iframe-worker/shim")
-# In a cell, code keeps the backslash that kept a bar from ending the cell.
+# In a cell, code and formulas keep the backslash that kept a bar from ending the cell; on GitHub they lose it.
 CELL = re.compile(r"<td[^>]*>.*?</td>", re.DOTALL)
 # What the search knows is loaded with every page; of the reference it is the words, not the code.
 SOURCE_CODE = re.compile(r"Source code in <code>[^<]*</code>\s*<pre>.*?</pre>", re.DOTALL)
@@ -62,8 +62,8 @@ def finish_pages(site: Path) -> list[str]:
     problems = []
     (site / "404.html").unlink(missing_ok=True)  # for servers; its links are a server's
     for path in sorted(site.rglob("*.html")):
-        page, wrong = draw_formulas(path.read_text(encoding="utf-8"))
-        page = CELL.sub(lambda cell: cell[0].replace(r"\|", "|"), page)
+        page = CELL.sub(lambda cell: cell[0].replace(r"\|", "|"), path.read_text(encoding="utf-8"))
+        page, wrong = draw_formulas(page)
         problems += [f"{path.relative_to(site)}: {problem}" for problem in wrong]
         up = "../" * (len(path.relative_to(site).parts) - 1)
         path.write_text(FOREIGN_WORKER.sub(f"{up}assets/worker.js", page), encoding="utf-8")

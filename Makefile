@@ -18,9 +18,11 @@ lint: venv/.ready
 	venv/bin/mypy
 	venv/bin/lint-imports
 
-# What the pages have from the code, tables and diagrams; a test fails when they are out of date.
+# What the pages have from the code, tables and diagrams, then all pages as a site in build/site, which opens without a
+# server. A test fails when a page is out of date.
 docs: venv/.ready
 	venv/bin/python docs/generate.py
+	PYTHONPATH=docs venv/bin/python -m website
 
 clean:
-	rm -rf venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf venv build *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

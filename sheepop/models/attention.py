@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sheepop.models.taps import Tap, untapped
+
 
 def visible(
     query_time: int, key_time: int, *, window: int = 0, document_ids: Tensor | None = None, device: torch.device
@@ -39,6 +41,7 @@ def attention(
     document_ids: Tensor | None = None,
     mask: Tensor | None = None,
     dropout: float = 0.0,
+    tap: Tap = untapped,
 ) -> Tensor:
     """Return softmax(Q Kᵀ / √C, over the visible keys) V.
 
@@ -49,6 +52,7 @@ def attention(
         document_ids: (B, S); tokens of different documents do not see each other.
         mask: (B, 1, T, S), True where a query sees a key, in place of order, window and documents.
         dropout: share of attention weights dropped, the rest scaled up.
+        tap: sees scores and weights, (B, H, T, S), and the mask.
 
     Returns:
         (B, H, T, C).
@@ -56,8 +60,8 @@ def attention(
     heads_per_group = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(heads_per_group, dim=1)  # (B, H, S, C)
     value = value.repeat_interleave(heads_per_group, dim=1)
-    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (B, H, T, S)
+    scores = tap("attention.scores", query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1]))  # (B, H, T, S)
     if mask is None:
         mask = visible(query.shape[2], key.shape[2], window=window, document_ids=document_ids, device=query.device)
-    weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
+    weights = tap("attention.weights", scores.masked_fill(~tap("attention.mask", mask), -math.inf).softmax(dim=-1))
     return F.dropout(weights, dropout) @ value  # (B, H, T, C)

@@ -5,6 +5,7 @@ Shape letters: B batch, T time, D width, H query heads, K key/value heads, C hea
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from sheepop.models.kv_cache import Cache
 from sheepop.models.linear import Linear
 from sheepop.models.optimized_attention import optimized_attention
 from sheepop.models.positions import apply_rotary
+from sheepop.models.taps import Tap, untapped
 
 ATTENTION = {"reference": attention, "optimized": optimized_attention}
 
@@ -60,12 +62,14 @@ class Context:
         document_ids: (B, S), or None.
         cache: keys and values of earlier tokens, or None.
         mask: (B, 1, T, S), the keys that each query sees where they are not simply those before it, or None.
+        tap: sees the tensors at the named points of the layer at hand (`taps.py`).
     """
 
     rotary: Tensor | None = None
     document_ids: Tensor | None = None
     cache: Cache | None = None
     mask: Tensor | None = None
+    tap: Tap = untapped
 
 
 class MultiHeadAttention(nn.Module):
@@ -89,18 +93,23 @@ class MultiHeadAttention(nn.Module):
         """Map (B, T, D) to (B, T, D)."""
         batch, time, _ = hidden.shape
         H, K = self.num_heads, self.num_kv_heads
+        tap = context.tap
         projected = self.query_key_value(hidden).view(batch, time, H + 2 * K, self.head_dim)  # (B, T, H+2K, C)
-        query_key, value = projected.split((H + K, K), dim=2)
+        query_key, value = tap("attention.projected", projected).split((H + K, K), dim=2)  # type: ignore[no-untyped-call]
         if self.query_norm is not None and self.key_norm is not None:
             query, key = query_key.split((H, K), dim=2)
             query_key = torch.cat((self.query_norm(query), self.key_norm(key)), dim=2)
         if context.rotary is not None:
+            query_key = tap("attention.before_rotary", query_key)  # (B, T, H+K, C)
             query_key = apply_rotary(query_key, context.rotary)  # queries and keys turn together: half the calls
         query, key = query_key.transpose(1, 2).split((H, K), dim=1)  # (B, H, T, C) and (B, K, T, C)
         value = value.transpose(1, 2)  # (B, K, T, C)
+        query, key, value = tap("attention.query", query), tap("attention.key", key), tap("attention.value", value)
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value)  # (B, K, S, C)
-        mixed = self.attention(
+        # Fused kernels never hold the scores and weights that are to be seen.
+        attend = self.attention if tap is untapped else partial(attention, tap=tap)
+        mixed = attend(
             query,
             key,
             value,
@@ -109,7 +118,8 @@ class MultiHeadAttention(nn.Module):
             mask=context.mask,
             dropout=self.dropout if self.training else 0.0,
         )  # (B, H, T, C)
-        return self.output(mixed.transpose(1, 2).reshape(batch, time, H * self.head_dim))  # type: ignore[no-any-return]
+        mixed = tap("attention.mixed", mixed).transpose(1, 2).reshape(batch, time, H * self.head_dim)  # (B, T, HC)
+        return tap("attention.output", self.output(mixed))
 
 
 class FeedForward(nn.Module):
@@ -123,15 +133,15 @@ class FeedForward(nn.Module):
         self.input = Linear(config.d_model, inner, bias=config.bias)
         self.output = Linear(config.d_ff, config.d_model, bias=config.bias)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, tap: Tap = untapped) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
         hidden = self.input(hidden)  # (B, T, F), or (B, T, 2F) when gated
         if self.is_gated:
             gate, linear = hidden.chunk(2, dim=-1)
-            hidden = self.activation(gate) * linear  # (B, T, F)
+            hidden = self.activation(tap("feed_forward.gate", gate)) * tap("feed_forward.linear", linear)  # (B, T, F)
         else:
-            hidden = self.activation(hidden)
-        return self.output(hidden)  # type: ignore[no-any-return]
+            hidden = self.activation(tap("feed_forward.input", hidden))
+        return tap("feed_forward.output", self.output(tap("feed_forward.activation", hidden)))
 
 
 class TransformerBlock(nn.Module):
@@ -164,6 +174,9 @@ class TransformerBlock(nn.Module):
     def compute(self, hidden: Tensor, context: Context) -> Tensor:
         """Do what `forward` does, without asking how."""
         dropout = self.dropout if self.training else 0.0
-        attended = hidden + drop(self.attention(self.attention_norm(hidden), context), dropout)
-        read = hidden if self.is_parallel else attended  # Wang and Komatsuzaki 2021 (GPT-J)
-        return attended + drop(self.feed_forward(self.feed_forward_norm(read)), dropout)
+        tap = context.tap
+        read = tap("attention_norm", self.attention_norm(tap("input", hidden)))
+        attended = tap("after_attention", hidden + drop(self.attention(read, context), dropout))
+        source = hidden if self.is_parallel else attended  # Wang and Komatsuzaki 2021 (GPT-J)
+        read = tap("feed_forward_norm", self.feed_forward_norm(source))
+        return tap("output", attended + drop(self.feed_forward(read, tap), dropout))

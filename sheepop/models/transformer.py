@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from sheepop.models.linear import Linear, linear
 from sheepop.models.ngrams import NgramEmbedding
 from sheepop.models.positions import rotary_table, sinusoidal_table
 from sheepop.models.quantized_layers import use_quantized_layers
+from sheepop.models.taps import Record, Tap, tap_into, untapped
 
 
 class TransformerModel(nn.Module):
@@ -71,6 +73,7 @@ class TransformerModel(nn.Module):
         document_ids: Tensor | None = None,
         cache: Cache | None = None,
         last_only: bool = False,
+        record: Record | None = None,
     ) -> Tensor:
         """Return the logits (B, T, V) of the token after each position; with `last_only` (B, 1, V).
 
@@ -83,23 +86,29 @@ class TransformerModel(nn.Module):
             document_ids: (B, T), tokens with different numbers do not see each other; positions that are added to
                 embeddings restart with each document. Not together with a cache.
             cache: keys and values of the tokens before these; it grows by T.
+            record: is told the tensors at the model's named points (`learn/trace.py`).
 
         Raises:
             ValueError: more tokens than `max_seq_len`.
         """
-        hidden = self.hidden_states(token_ids, document_ids=document_ids, cache=cache)
+        hidden = self.hidden_states(token_ids, document_ids=document_ids, cache=cache, record=record)
         if targets is not None:
             return summed_head_loss(hidden, self.head.weight, targets)
         if last_only:
             hidden = hidden[:, -1:]
-        return self.logits(hidden)  # (B, T, V)
+        return tap_into(record, "")("logits", self.logits(hidden))  # (B, T, V)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores (..., V) of what `hidden_states` returned, or of some of it, (..., D)."""
         return linear(hidden, self.head.weight)
 
     def hidden_states(
-        self, token_ids: Tensor, *, document_ids: Tensor | None = None, cache: Cache | None = None
+        self,
+        token_ids: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        record: Record | None = None,
     ) -> Tensor:
         """Return what the head reads: the residual stream after the final norm, (B, T, D)."""
         time = token_ids.shape[1]
@@ -110,7 +119,9 @@ class TransformerModel(nn.Module):
             raise ValueError("document_ids and a cache do not go together: a cache holds one document a row")
         dropout = self.config.dropout if self.training else 0.0
         before = None if cache is None else cache.recent_tokens
-        hidden = drop(self.embed(token_ids, positions, document_ids, before), dropout)  # (B, T, D)
+        tap = tap_into(record, "")
+        hidden = self.embed(token_ids, positions, document_ids, before, tap)  # (B, T, D)
+        hidden = drop(tap("embedding", hidden), dropout)
         rotary = None
         if self.config.positions == "rotary":
             # Repeated for each head, once for all layers: products with rows that lie in one piece are faster.
@@ -119,11 +130,13 @@ class TransformerModel(nn.Module):
             rotary = table.expand(*table.shape[:-3], heads, -1, -1).contiguous()  # (T, H+K, C/2, 2), or (B, T, ...)
         mask = cache.mask(time, self.config.sliding_window) if cache is not None else None
         context = Context(rotary=rotary, document_ids=document_ids, cache=cache, mask=mask)
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
+            if record is not None:
+                context = replace(context, tap=tap_into(record, f"blocks.{layer}."))
             hidden = block(hidden, context)
         if cache is not None:
             cache.advance(token_ids)
-        return self.final_norm(hidden)  # type: ignore[no-any-return]
+        return tap("final_norm", self.final_norm(hidden))
 
     def embed(
         self,
@@ -131,6 +144,7 @@ class TransformerModel(nn.Module):
         positions: slice | Tensor,
         document_ids: Tensor | None = None,
         before: Tensor | None = None,
+        tap: Tap = untapped,
     ) -> Tensor:
         """Return token embeddings plus those of the last few together and, for absolute positions, of the place.
 
@@ -139,12 +153,13 @@ class TransformerModel(nn.Module):
             positions: where they stand in their texts, one slice for all rows, or (B, T).
             document_ids: as in `forward`.
             before: the (B, `ngram_order` - 1) tokens before these, -1 for none; None: none at all.
+            tap: sees the parts of the sum.
         """
-        embedded: Tensor = self.token_embedding(token_ids)  # (B, T, D)
+        embedded = tap("token_embedding", self.token_embedding(token_ids))  # (B, T, D)
         if self.ngram_embedding is not None:
             if before is None:
                 before = token_ids.new_full((token_ids.shape[0], self.config.ngram_order - 1), -1)
-            embedded = embedded + self.ngram_embedding(token_ids, before, document_ids)
+            embedded = embedded + tap("ngram_embedding", self.ngram_embedding(token_ids, before, document_ids))
         if self.config.positions not in ("learned", "sinusoidal"):
             return embedded
         if isinstance(positions, slice):
@@ -152,9 +167,9 @@ class TransformerModel(nn.Module):
         if document_ids is not None:
             positions = positions - document_starts(document_ids)  # (B, T)
         if self.config.positions == "learned":
-            return embedded + self.position_embedding(positions)  # type: ignore[no-any-return]
+            return embedded + tap("position_embedding", self.position_embedding(positions))
         # Vaswani et al. 2017, section 3.4: scaled up so that the unit waves do not drown the tokens.
-        return embedded * math.sqrt(self.config.d_model) + self.sinusoidal[positions]
+        return embedded * math.sqrt(self.config.d_model) + tap("position_embedding", self.sinusoidal[positions])
 
     def recompute_activations(self) -> None:
         """Let the backward pass compute each block's inner activations again instead of keeping them."""

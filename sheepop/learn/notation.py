@@ -1,0 +1,85 @@
+"""How formulas are written down: their letters, and LaTeX and MathML in the order in which an author would write.
+
+The letters are the code's shape letters, and an index is the small letter of what it counts, from 0 as in the code:
+`Q[h, t, c]` is number c of what head h asks at place t.
+"""
+
+from typing import Any
+
+import sympy
+from sympy.printing.latex import LatexPrinter
+
+# Sizes. T and S are the numbers of query and key places, which agree where a whole text is read.
+B, T, S, D, H, C, F, V, L = sympy.symbols("B T S D H C F V L", integer=True, positive=True)
+KV_HEADS = sympy.Symbol("H_{KV}", integer=True, positive=True)  # K in the code, which is the keys in formulas
+# Indices: place t asks, places s and r answer; channels c of a head, i and j of the stream, f of the feed-forward;
+# head h; tokens u and v.
+t, s, r, c, i, j, f, h, u, v = sympy.symbols("t s r c i j f h u v", integer=True)
+
+
+def array(name: str, *shape: Any) -> sympy.IndexedBase:
+    """Return an array that is written with indices, such as `W^Q`."""
+    return sympy.IndexedBase(sympy.Symbol(name), shape=shape)
+
+
+def equals(left: Any, right: Any) -> sympy.Eq:
+    """Return an equation that stays as it is written."""
+    return sympy.Eq(left, right, evaluate=False)
+
+
+def times(*factors: Any) -> sympy.Mul:
+    """Return a product whose factors stay in this order."""
+    return sympy.Mul(*map(sympy.sympify, factors), evaluate=False)
+
+
+def plus(*terms: Any) -> sympy.Add:
+    """Return a sum whose terms stay in this order."""
+    return sympy.Add(*map(sympy.sympify, terms), evaluate=False)
+
+
+def over(body: Any, index: sympy.Symbol, size: Any) -> sympy.Sum:
+    """Return the sum over all values of an index, 0 to size - 1."""
+    return sympy.Sum(body, (index, 0, size - 1))
+
+
+def cases(*branches: tuple[Any, Any], otherwise: Any) -> sympy.Piecewise:
+    """Return the value of the first branch whose condition holds."""
+    return sympy.Piecewise(*branches, (otherwise, True), evaluate=False)
+
+
+class Printer(LatexPrinter):  # type: ignore[misc]
+    """LaTeX in the order in which the formula was written."""
+
+    def __init__(self) -> None:
+        super().__init__({"order": "none", "fold_short_frac": False})
+
+    def _print_Add(self, expr: Any, order: Any = None) -> str:  # noqa: ARG002, N802
+        # What was not written by hand has its number first, -1 + C, and an author writes C - 1.
+        terms = list(expr.args)
+        if terms[0].is_Number and terms[0].is_negative:
+            terms.append(terms.pop(0))
+        return str(super()._print_Add(plus(*terms)))
+
+    def _print_MatMul(self, expr: Any) -> str:  # noqa: N802
+        # Over √C, not behind 1/√C.
+        below = [factor for factor in expr.args if factor.is_Pow and factor.exp.could_extract_minus_sign()]
+        if not below:
+            return str(super()._print_MatMul(expr))
+        above = sympy.MatMul(*[factor for factor in expr.args if factor not in below])
+        return rf"\frac{{{self._print(above)}}}{{{self._print(1 / sympy.Mul(*below))}}}"
+
+    def _print_Indexed(self, expr: Any) -> str:  # noqa: N802
+        base, indices = self._print(expr.base), ", ".join(map(self._print, expr.indices))
+        return f"{base}_{{{indices}}}"
+
+
+def latex(expression: Any) -> str:
+    """Return LaTeX for Markdown and notebooks."""
+    return str(Printer().doprint(expression))
+
+
+def mathml(expression: Any, *, display: bool = True) -> str:
+    """Return MathML, which browsers draw without any script."""
+    from math_core import LatexToMathML
+
+    return str(LatexToMathML().convert_with_local_state(latex(expression), displaystyle=display))

@@ -244,7 +244,7 @@ for axes, shares, names, title in zip(
     figure.subplots(1, 2),
     (weights, seen["blocks.0.attention.weights"][0]),
     (words, [f"token {number}" for number in seen.token_ids.tolist()]),
-    ("our three words", "head 0 of a model that has learned nothing"),
+    ("our three words", "an untrained model, head 0"),
     strict=True,
 ):
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)

@@ -166,8 +166,8 @@ show(figure, "stream")
 # %% [markdown]
 # ## Stopped half-way: the logit lens
 #
-# **For children.** We take the paper away on each floor and ask: what would you answer *now*? On the ground floor it
-# hardly knows more than the last word. Upstairs it knows best.
+# **For children.** We take the paper away on each floor and ask: what would you answer *now*? On the ground floor it knows
+# the last word alone. Upstairs it knows best.
 #
 # **For scientists.** The final norm and the head are applied to the stream after each block. After the last block that
 # *is* the model. Earlier it is a projection through a basis that later blocks expect to change, so read it with care

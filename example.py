@@ -128,7 +128,9 @@ def main() -> None:
             logits = model.logits(model.final_norm(seen[f"blocks.{layer}.output"][-1]))
         probability, token_id = logits.softmax(dim=-1).max(dim=-1)
         print(f"  after block {layer}: {tokenizer.token_text(int(token_id))!r} with {probability:.1%}")
-    print("\nNext: the notebooks in notebooks/ explain each part; `sheepop demo` trains a larger model for some minutes;")
+    print(
+        "\nNext: the notebooks in notebooks/ explain each part; `sheepop demo` trains a larger model for some minutes;"
+    )
     print("docs/architecture.md tells how it all works.")
 
 

@@ -73,7 +73,8 @@ def test_a_notebook_opens_in_jupyter(notebook: Path) -> None:
     jupytext = pytest.importorskip("jupytext", reason="needs jupytext")
     cells = jupytext.read(notebook).cells
     assert {cell.cell_type for cell in cells} == {"markdown", "code"}
-    assert not any(cell.source.startswith("#") for cell in cells if cell.cell_type == "code" and "%%" in cell.source)
+    assert cells[0].source.startswith("# ")
+    assert not any(line.startswith("# %%") for cell in cells for line in cell.source.splitlines())
 
 
 def test_the_tour_runs_and_ends_inside_the_model() -> None:

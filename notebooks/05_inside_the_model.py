@@ -166,8 +166,8 @@ show(figure, "stream")
 # %% [markdown]
 # ## Stopped half-way: the logit lens
 #
-# **For children.** We take the paper away on each floor and ask: what would you answer *now*? On the ground floor it knows
-# the last word alone. Upstairs it knows best.
+# **For children.** We take the paper away on each floor and ask: what would you answer *now*? On the ground floor it
+# knows the last word alone. Upstairs it knows best.
 #
 # **For scientists.** The final norm and the head are applied to the stream after each block. After the last block that
 # *is* the model. Earlier it is a projection through a basis that later blocks expect to change, so read it with care
@@ -183,9 +183,8 @@ def lens(state):
 
 
 torch.testing.assert_close(lens(seen[f"blocks.{L - 1}.output"]), seen["logits"], rtol=1e-4, atol=1e-4)
-assert torch.equal(
-    trace(model, seen.token_ids[-1:], ["embedding"])["embedding"][0], seen["embedding"][-1]
-)  # no context
+alone = trace(model, seen.token_ids[-1:], ["embedding"])["embedding"]
+assert torch.equal(alone[0], seen["embedding"][-1])  # the ground floor knows nothing of what came before
 
 depths = ["embedding", *(f"blocks.{layer}.output" for layer in range(L))]
 losses = torch.zeros(L + 1)

@@ -195,19 +195,20 @@ assert all(later <= earlier for earlier, later in pairwise(rates[19:]))
 # %% [markdown]
 # ## 7. What came of it
 #
-# On text that it has never seen, the model is less surprised than the player who knows letter pairs. It must have found
-# more than pairs: it sees words. The loss on what it trained on and on what was held out is nearly the same, because
-# it saw each window less than once: it had nothing to learn by heart.
+# On text that it has never seen, the model is less surprised than the player who knows letter pairs. It must have
+# found more than pairs: it looks further back than one letter. What it trained on and what was held out differ by less
+# than a quarter of what it has learned: it saw each window at most once, so it had nothing to learn by heart.
 #
 # `perplexity` = e^loss is the same in other words: among how many equally likely tokens it hesitates.
 
 # %%
 at_last = checks[STEPS]
 print(f"blind {blind:.2f} → letters {knows_letters:.2f} → pairs {knows_pairs:.2f} → the model {at_last:.2f}")
+print(f"On what it trained on it is {np.mean(losses[-30:]):.2f} at the end.")
 print(f"It hesitates among {math.exp(at_last):.1f} tokens instead of {V}.")
 assert at_last < knows_pairs
 assert sampler.num_windows >= STEPS * BATCH  # each window at most once
-assert abs(np.mean(losses[-30:]) - at_last) < 0.4
+assert abs(np.mean(losses[-30:]) - at_last) < (blind - at_last) / 3
 assert len(set(write(prompt))) > 5  # it does not repeat one letter
 
 # %%

@@ -41,6 +41,7 @@ def test_all_notebooks_are_known() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_as_a_script_and_its_claims_hold(notebook: Path, tmp_path: Path) -> None:
     done = run(notebook, str(tmp_path / "figures"))
@@ -77,6 +78,7 @@ def test_a_notebook_opens_in_jupyter(notebook: Path) -> None:
     assert not any(line.startswith("# %%") for cell in cells for line in cell.source.splitlines())
 
 
+@pytest.mark.slow
 def test_the_tour_runs_and_ends_inside_the_model() -> None:
     done = run(PROJECT / "example.py")
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

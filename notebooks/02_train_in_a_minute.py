@@ -197,7 +197,7 @@ assert all(later <= earlier for earlier, later in pairwise(rates[19:]))
 #
 # On text that it has never seen, the model is less surprised than the player who knows letter pairs. It must have
 # found more than pairs: it looks further back than one letter. What it trained on and what was held out differ by less
-# than a quarter of what it has learned: it saw each window at most once, so it had nothing to learn by heart.
+# than a third of what it has learned: it saw each window at most once, so it had nothing to learn by heart.
 #
 # `perplexity` = e^loss is the same in other words: among how many equally likely tokens it hesitates.
 
@@ -215,7 +215,7 @@ assert len(set(write(prompt))) > 5  # it does not repeat one letter
 figure = Figure(figsize=(7.5, 3.6), layout="constrained")
 axes = figure.subplots()
 axes.plot(losses, color="#2166c4", linewidth=0.8, label="on the batch that it trains on")
-axes.plot(list(checks), list(checks.values()), "o-", color="#d1570a", label="on held-out text")
+axes.plot(list(checks), list(checks.values()), "o", color="#d1570a", label="on held-out text")
 for height, player in ((blind, "knows nothing"), (knows_letters, "knows letters"), (knows_pairs, "knows pairs")):
     axes.axhline(height, color="#6e7781", linewidth=0.8, linestyle="--")
     axes.annotate(player, (STEPS, height), ha="right", va="bottom", color="#6e7781")

@@ -85,8 +85,8 @@ FORMULAS = (
         """,
         scientists="""
             Linear warm-up over w steps, while the moments settle, then half a period of a cosine, from the peak at step
-            w to r times the peak at step N - 1. Large rates explore and average little; small ones at the end average the
-            noise of the gradients out. The end has to be known in advance.
+            w to r times the peak at step N - 1. Large rates explore and average little; small ones at the end average
+            the noise of the gradients out. The end has to be known in advance.
         """,
         pitfalls="""
             Being off by one, so that the last step has not the last rate, or the first step has the rate 0 and does

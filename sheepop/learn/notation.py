@@ -4,10 +4,12 @@ The letters are the code's shape letters, and an index is the small letter of wh
 `Q[h, t, c]` is number c of what head h asks at place t.
 """
 
+import re
 from typing import Any
 
 import sympy
 from sympy.printing.latex import LatexPrinter
+from sympy.printing.precedence import PRECEDENCE
 
 from sheepop.learn.functions import Kept
 
@@ -34,6 +36,8 @@ LETTERS = {
     "u": "an entry of the vocabulary, to sum over",
     "v": "an entry of the vocabulary",
 }
+
+WORD = re.compile(r"<mo>(?!mod)([A-Za-z]{2,})</mo>")
 
 # Sizes. T and S are the numbers of query and key places, which agree where a whole text is read.
 B, T, S, D, H, C, F, V, L = sympy.symbols("B T S D H C F V L", integer=True, positive=True)
@@ -112,10 +116,21 @@ class Printer(LatexPrinter):  # type: ignore[misc]
         return str(super()._print_Add(plus(*terms)))
 
     def _print_ExpBase(self, expr: Any, exp: Any = None) -> str:  # noqa: N802
-        above, below = expr.exp.as_numer_denom()
-        if exp is not None or below == 1:
+        if exp is not None:
             return str(super()._print_ExpBase(expr, exp))
-        return rf"e^{{{self._print(above)} / {self._print(below)}}}"
+        return f"e^{{{self.in_one_line(expr.exp)}}}"
+
+    def _print_Pow(self, expr: Any) -> str:  # noqa: N802
+        if not expr.base.is_Integer or expr.exp.is_number:
+            return str(super()._print_Pow(expr))
+        return f"{self._print(expr.base)}^{{{self.in_one_line(expr.exp)}}}"
+
+    def in_one_line(self, expr: Any) -> str:
+        """Return an exponent, whose fraction is too small to be read as one."""
+        above, below = expr.as_numer_denom()
+        if below == 1:
+            return str(self._print(expr))
+        return f"{self.parenthesize(above, PRECEDENCE['Mul'])} / {self._print(below)}"
 
     def _print_Sum(self, expr: Any) -> str:  # noqa: N802
         # The sums within each other, as they were written.
@@ -142,8 +157,7 @@ class Printer(LatexPrinter):  # type: ignore[misc]
         return rf"{self._print(expr.arg)}^{{\top}}"
 
     def _print_floor(self, expr: Any) -> str:
-        above, below = expr.args[0].as_numer_denom()
-        return rf"\lfloor {self._print(above)} / {self._print(below)} \rfloor"
+        return rf"\lfloor {self.in_one_line(expr.args[0])} \rfloor"
 
     def _print_Piecewise(self, expr: Any) -> str:  # noqa: N802
         return str(super()._print_Piecewise(expr)).replace(r"\text{for}\:", r"\text{if}\ ")
@@ -168,4 +182,5 @@ def mathml(expression: Any, *, display: bool = True) -> str:
     """Return MathML, which browsers draw without any script."""
     from latex2mathml.converter import convert
 
-    return str(convert(latex(expression), display="block" if display else "inline"))
+    made = str(convert(latex(expression), display="block" if display else "inline"))
+    return WORD.sub(r"<mi>\1</mi>", made)  # a function's name, which is no sign with spaces around it

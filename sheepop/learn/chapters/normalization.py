@@ -165,8 +165,8 @@ FORMULAS = (
         """,
         scientists="""
             Queries and keys of each head get the root mean square 1 before a learned scale, so that a score is at most
-            the root of C times the largest scales. Otherwise scores can grow until the softmax is one-hot and training
-            at a high rate breaks.
+            the root of C times the largest scales of both. Otherwise scores can grow until the softmax is one-hot and
+            training at a high rate breaks.
         """,
         pitfalls="""
             Normalising after the rotation with a scale for each number, which breaks the pairs; normalising over all

@@ -37,7 +37,11 @@ LETTERS = {
     "v": "an entry of the vocabulary",
 }
 
+# The converter's MathML of `max` and `softmax`, and of a factor before such a word, as in x cos t.
 WORD = re.compile(r"<mo>(?!mod)([A-Za-z]{2,})</mo>")
+FACTOR_AND_WORD = re.compile(
+    r"(</(?:mi|mn|msub|msup|msubsup|mfrac|msqrt)>|(?:\)|&#x00029;)</mo>)(<mi>[A-Za-z]{2,}</mi>)"
+)
 
 # Sizes. T and S are the numbers of query and key places, which agree where a whole text is read.
 B, T, S, D, H, C, F, V, L = sympy.symbols("B T S D H C F V L", integer=True, positive=True)
@@ -183,4 +187,5 @@ def mathml(expression: Any, *, display: bool = True) -> str:
     from latex2mathml.converter import convert
 
     made = str(convert(latex(expression), display="block" if display else "inline"))
-    return WORD.sub(r"<mi>\1</mi>", made)  # a function's name, which is no sign with spaces around it
+    made = WORD.sub(r"<mi>\1</mi>", made)  # a function's name, which is no sign with spaces around it
+    return FACTOR_AND_WORD.sub(r'\1<mrow><mspace width="0.167em" />\2</mrow>', made)

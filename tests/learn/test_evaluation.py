@@ -81,7 +81,7 @@ def test_the_nearest_whole_number_is_pythons() -> None:
 
 def test_arrays_that_do_not_fit_are_errors() -> None:
     product = equals(Y[t], over(times(A[t, s], X[s]), s, S))
-    with pytest.raises(ValueError, match="the size S is 5, but X has|the size S is 4, but A has"):
+    with pytest.raises(ValueError, match=r"the size S is 5, but X has|the size S is 4, but A has"):
         evaluate(product, {"A": np.ones((3, 5)), "X": np.ones(4)})
     with pytest.raises(ValueError, match="but the formula has"):
         evaluate(product, {"A": np.ones(3), "X": np.ones(5)})

@@ -78,4 +78,7 @@ def test_names_of_functions_are_words_in_mathml() -> None:
     assert "<mi>max</mi>" in made
     assert "<mo>mod</mo>" in made
     assert 'display="block"' in made
+    thin = r'<mspace width="0.167em" />'
+    assert mathml(times(X[t], sympy.cos(t))).count(thin) == 1
+    assert thin not in mathml(sympy.Symbol(r"N_{\mathrm{tokens}}"))
     assert 'display="inline"' in mathml(X[t], display=False)

@@ -91,10 +91,10 @@ FORMULAS = (
             that really comes count: many chips there mean a small penalty, none at all an endless one.
         """,
         scientists="""
-            The mean of -ln p over the tokens that came: the negative logarithm of the likelihood of the text. It is the
-            entropy of the text plus the divergence of the model from it, and proper, since telling one's true
-            probabilities makes its expectation least. Its gradient by the scores is the probabilities, less one at the
-            token that came.
+            The mean of -ln p over the tokens that came, so the least loss is the greatest likelihood of the text. Its
+            expectation is the entropy of the language plus the model's divergence from it, which is why true
+            probabilities are the best answer. The gradient by a place's scores is its probabilities, less one at the
+            token that came, over T.
         """,
         pitfalls="""
             Comparing place t with token t instead of the next one; taking a mean of means over batches with different

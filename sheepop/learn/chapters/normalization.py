@@ -111,8 +111,8 @@ FORMULAS = (
         """,
         scientists="""
             Each place is centred and divided by its own standard deviation over the D numbers, then scaled and shifted
-            by learned vectors. The result does not change when the stream is multiplied by a positive number, up to
-            epsilon, which keeps gradients of deep networks in bounds. The variance is the biased one, divided by D.
+            by learned vectors. But for epsilon, the result is the same for a stream that is multiplied by a positive
+            number, so layers read numbers of one size at any depth. The variance is the biased one, divided by D.
         """,
         pitfalls="""
             Dividing the variance by D - 1; adding epsilon behind the root instead of under it; normalising over the

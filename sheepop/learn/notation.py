@@ -112,6 +112,14 @@ class Printer(LatexPrinter):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__({"order": "none", "fold_short_frac": False, "fold_frac_powers": True, "ln_notation": True})
 
+    def _print_Symbol(self, expr: Any, style: str = "plain") -> str:  # noqa: N802
+        # The names of a model's parts are words, with a number below where there are several.
+        named = re.fullmatch(r"([A-Z][A-Za-z]{2,})(?:_(\d))?", expr.name)
+        if not named:
+            return str(super()._print_Symbol(expr, style))
+        word, number = named.groups()
+        return rf"\operatorname{{{word}}}" + (f"_{{{number}}}" if number else "")
+
     def _print_Add(self, expr: Any, order: Any = None) -> str:  # noqa: ARG002, N802
         # What was not written by hand has its number first, -1 + C, and an author writes C - 1.
         terms = list(expr.args)

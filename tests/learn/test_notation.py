@@ -71,6 +71,8 @@ def test_matrices_keep_their_order_and_their_signs() -> None:
     last, first = sympy.MatrixSymbol("Z", T, T), sympy.MatrixSymbol("A", T, T)
     assert latex(matrix_sum(last, -first)) == "Z - A"
     assert latex(Applied(sympy.Symbol("Norm_2"), last)) == r"\operatorname{Norm}_{2}\left(Z\right)"
+    assert latex(Applied(sympy.Symbol("phi"), last)) == r"\phi\left(Z\right)"
+    assert latex(sympy.Symbol("NewtonSchulz")) == r"\operatorname{NewtonSchulz}"
 
 
 def test_names_of_functions_are_words_in_mathml() -> None:

@@ -37,12 +37,6 @@ LETTERS = {
     "v": "an entry of the vocabulary",
 }
 
-# The converter's MathML of `max` and `softmax`, and of a factor before such a word, as in x cos t.
-WORD = re.compile(r"<mo>(?!mod)([A-Za-z]{2,})</mo>")
-FACTOR_AND_WORD = re.compile(
-    r"(</(?:mi|mn|msub|msup|msubsup|mfrac|msqrt)>|(?:\)|&#x00029;)</mo>)(<mi>[A-Za-z]{2,}</mi>)"
-)
-
 # Sizes. T and S are the numbers of query and key places, which agree where a whole text is read.
 B, T, S, D, H, C, F, V, L = sympy.symbols("B T S D H C F V L", integer=True, positive=True)
 KV_HEADS = sympy.Symbol("H_{KV}", integer=True, positive=True)  # K in the code, which is the keys in formulas
@@ -192,8 +186,6 @@ def latex(expression: Any) -> str:
 
 def mathml(expression: Any, *, display: bool = True) -> str:
     """Return MathML, which browsers draw without any script."""
-    from latex2mathml.converter import convert
+    from math_core import LatexToMathML
 
-    made = str(convert(latex(expression), display="block" if display else "inline"))
-    made = WORD.sub(r"<mi>\1</mi>", made)  # a function's name, which is no sign with spaces around it
-    return FACTOR_AND_WORD.sub(r'\1<mrow><mspace width="0.167em" />\2</mrow>', made)
+    return str(LatexToMathML().convert_with_local_state(latex(expression), displaystyle=display))

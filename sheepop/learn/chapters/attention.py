@@ -1,14 +1,34 @@
 """Attention: which earlier places a place reads, and what it takes from them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import sympy
 import torch
 
-from sheepop.learn.evaluation import Softmax
+from sheepop.learn.chapters import heads
 from sheepop.learn.formula import Formula, Meaning
-from sheepop.learn.notation import KV_HEADS, C, H, S, T, array, c, cases, equals, h, over, r, s, t, times
+from sheepop.learn.functions import Softmax
+from sheepop.learn.notation import (
+    KV_HEADS,
+    C,
+    H,
+    S,
+    T,
+    array,
+    c,
+    cases,
+    equals,
+    h,
+    matrix_product,
+    matrix_sum,
+    over,
+    plus,
+    r,
+    s,
+    t,
+    times,
+)
 from sheepop.models.attention import attention, visible
 
 Q, KEY, VALUE = array("Q", H, T, C), array("K", KV_HEADS, S, C), array("V", KV_HEADS, S, C)
@@ -41,7 +61,7 @@ def added_mask(mask: torch.Tensor) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
 
 
-def of(names: str) -> dict[str, Meaning]:
+def of(names: Iterable[str]) -> dict[str, Meaning]:
     """Return the meanings of these symbols."""
     return {name: MEANINGS[name] for name in names}
 
@@ -102,6 +122,7 @@ ATTENTION = "sheepop.models.attention:attention"
 VASWANI = "Vaswani et al. 2017, Attention Is All You Need, section 3.2.1"
 
 FORMULAS = (
+    *heads.PROJECTIONS,
     Formula(
         name="attention_scores",
         title="Attention scores",
@@ -161,7 +182,7 @@ FORMULAS = (
         title="Attention weights",
         equation=equals(
             WEIGHTS[h, t, s],
-            sympy.exp(SCORES[h, t, s] + MASK[t, s]) / over(sympy.exp(SCORES[h, t, r] + MASK[t, r]), r, S),
+            sympy.exp(plus(SCORES[h, t, s], MASK[t, s])) / over(sympy.exp(plus(SCORES[h, t, r], MASK[t, r])), r, S),
         ),
         meanings=of("EMA"),
         code=ATTENTION,
@@ -172,7 +193,8 @@ FORMULAS = (
         """,
         scientists="""
             A softmax over the keys: positive, adding up to 1, and unchanged when the same number is added
-            to all scores of a place, which is how it is computed without overflow.
+            to all scores of a place, which is how it is computed without overflow. Only differences count: a
+            score that is higher by ln 2 gets twice the weight.
         """,
         pitfalls="""
             Taking the softmax over the queries' axis; a place whose keys are all masked has 0/0.
@@ -185,18 +207,22 @@ FORMULAS = (
         title="Scaled dot-product attention",
         equation=equals(
             sympy.MatrixSymbol("O", T, C),
-            Softmax(
-                sympy.MatrixSymbol("Q", T, C) * sympy.MatrixSymbol("K", S, C).T / sympy.sqrt(C)
-                + sympy.MatrixSymbol("M", T, S)
-            )
-            * sympy.MatrixSymbol("V", S, C),
+            matrix_product(
+                Softmax(
+                    matrix_sum(
+                        sympy.MatrixSymbol("Q", T, C) * sympy.MatrixSymbol("K", S, C).T / sympy.sqrt(C),
+                        sympy.MatrixSymbol("M", T, S),
+                    )
+                ),
+                sympy.MatrixSymbol("V", S, C),
+            ),
         ),
         meanings={name: one_head(name) for name in "QKVO"} | of("M"),
         code=ATTENTION,
         line="@ value",
         kids="""
             A class discussion: everybody asks, listens to those whose answer fits the question, and writes
-            down a mix of what they said.
+            down a mix of what they said. Whoever fits best gets the most lines in the notes.
         """,
         scientists="""
             The same as scores, weights and mixing, for the whole of one head in matrices: differentiable
@@ -209,4 +235,5 @@ FORMULAS = (
         source=VASWANI,
         sample=sample_one_head,
     ),
+    heads.MULTI_HEAD_ATTENTION,
 )

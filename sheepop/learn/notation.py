@@ -180,8 +180,8 @@ class Printer(LatexPrinter):  # type: ignore[misc]
 
 
 def latex(expression: Any) -> str:
-    """Return LaTeX for Markdown and notebooks."""
-    return str(Printer().doprint(expression))
+    r"""Return LaTeX for Markdown and notebooks. It has no `\operatorname`, which GitHub does not draw."""
+    return str(Printer().doprint(expression)).replace(r"\operatorname", r"\mathrm")
 
 
 def mathml(expression: Any, *, display: bool = True) -> str:

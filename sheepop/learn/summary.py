@@ -21,9 +21,9 @@ def summary_rows(formulas: Iterable[Formula] = FORMULAS.values()) -> Iterator[tu
 def inline(latex: str) -> str:
     r"""Return LaTeX as inline mathematics that GitHub draws inside of a table.
 
-    Between backticks Markdown leaves it alone. GitHub refuses `\operatorname`, and a bar would end the cell.
+    Between backticks Markdown leaves it alone, but a bar would end the cell.
     """
-    plain = latex.replace(r"\operatorname", r"\mathrm").replace(r"\|", r"\Vert ").replace("|", r"\vert ")
+    plain = latex.replace(r"\|", r"\Vert ").replace("|", r"\vert ")
     return f"$`{' '.join(plain.split())}`$"
 
 

@@ -26,7 +26,7 @@ def test_only_what_is_given_is_told() -> None:
 
 
 def test_a_formula_is_fit_for_a_cell_of_a_table_on_github() -> None:
-    assert inline(r"\operatorname{erf}\left|x\right| + \|y\|" + "\n z") == (
+    assert inline(r"\mathrm{erf}\left|x\right| + \|y\|" + "\n z") == (
         r"$`\mathrm{erf}\left\vert x\right\vert  + \Vert y\Vert z`$".replace("  ", " ")
     )
 

@@ -34,6 +34,8 @@ from sheepop.training.loss import summed_cross_entropy
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.schedule import learning_rate_at
 
+torch.set_num_threads(1)  # enough for so small a model, and the other cores stay free
+
 SEED, CONTEXT, BATCH, STEPS = 1, 64, 16, 300
 
 # %% [markdown]

@@ -31,6 +31,8 @@ from sheepop.generation.sampling import (
 from sheepop.learn.lessons import held_out_loss, show, some_text, train_small_model
 from sheepop.learn.trace import trace_text
 
+torch.set_num_threads(1)  # enough for so small a model, and the other cores stay free
+
 name, text = some_text(500_000)
 small = train_small_model(text, steps=150)
 model, tokenizer = small.model, small.tokenizer

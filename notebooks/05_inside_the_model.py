@@ -23,6 +23,8 @@ from sheepop.learn.lessons import held_out_loss, show, some_text, train_small_mo
 from sheepop.learn.trace import point_names, trace, trace_text
 from sheepop.models.transformer import inference
 
+torch.set_num_threads(1)  # enough for so small a model, and the other cores stay free
+
 name, text = some_text(500_000)
 small = train_small_model(text, steps=200)
 model, tokenizer = small.model, small.tokenizer

@@ -1,4 +1,4 @@
-"""Write the pages of docs/ that are made from the code: `settings.md` and `commands.md`.
+"""Write what is made from the code: `settings.md`, `commands.md`, and marked places of other pages (`places.py`).
 
 `python docs/generate.py` writes them; `--check` writes nothing, names each page that is out of date and then exits
 with status 1.
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+from places import pages_with_places
 
 from sheepop import config
 from sheepop.cli import app
@@ -138,16 +139,16 @@ PAGES = {"settings.md": settings_page, "commands.md": commands_page}
 def main() -> int:
     """Write or check the pages and return the exit status."""
     stale = {}
-    for name, make in PAGES.items():
+    for name, make in (PAGES | pages_with_places(FOLDER)).items():
         page, path = make(), FOLDER / name
         if not path.is_file() or path.read_text(encoding="utf-8") != page:
             stale[path] = page
     for path, page in stale.items():
         if "--check" in sys.argv[1:]:
-            print(f"docs/{path.name} is out of date: run `make docs`", file=sys.stderr)
+            print(f"docs/{path.relative_to(FOLDER).as_posix()} is out of date: run `make docs`", file=sys.stderr)
         else:
             path.write_text(page, encoding="utf-8")
-            print(f"wrote docs/{path.name}")
+            print(f"wrote docs/{path.relative_to(FOLDER).as_posix()}")
     return 1 if stale and "--check" in sys.argv[1:] else 0
 
 

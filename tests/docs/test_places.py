@@ -1,0 +1,79 @@
+"""Every formula in the pages comes from the registry, and every one of the registry stands in a page."""
+
+import re
+from pathlib import Path
+
+import pytest
+from formula_places import LETTERS, equation_text, formula_text, plain_letters, slug
+from places import fill, names_in, outside_of_places
+from worked_examples import EXAMPLES, announcement
+
+from sheepop.learn.formula import Formula
+from sheepop.learn.formulas import CHAPTERS, FORMULAS
+
+PROJECT = Path(__file__).parents[2]
+PAGES = sorted([*PROJECT.glob("*.md"), *PROJECT.glob("docs/**/*.md")])
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(PROJECT))
+
+
+def prose(page: str) -> str:
+    """What is neither made, nor code."""
+    page = re.sub(r"^```.*?^```", "", outside_of_places(page), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`]*`", "", page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_formula_is_written_by_hand(page: Path) -> None:
+    assert "$" not in prose(page.read_text(encoding="utf-8"))
+    assert "```math" not in outside_of_places(page.read_text(encoding="utf-8"))
+
+
+def test_a_formula_by_hand_would_be_found() -> None:
+    made = "<!-- formula: attention -->\n\n$$\nO\n$$\n\n<!-- end of formula -->\n"
+    assert "$" not in prose(f"Words, `$HOME`.\n\n{made}\n```text\n$ ls\n```\n")
+    assert "$" in prose(f"Words.\n\n{made}\n$$\nE = mc^2\n$$\n")
+    assert "$" in prose("Words about $E$.")
+
+
+def test_every_formula_is_told_in_its_chapter_and_stands_in_the_overview() -> None:
+    overview = names_in((PROJECT / "docs" / "mathematics.md").read_text(encoding="utf-8"), "equation")
+    assert sorted(overview) == sorted(FORMULAS)
+    for chapter, formulas in CHAPTERS.items():
+        page = (PROJECT / "docs" / "chapters" / f"{chapter}.md").read_text(encoding="utf-8")
+        assert names_in(page, "formula") == [formula.name for formula in formulas]
+
+
+def test_every_example_stands_in_a_page_and_every_place_has_one() -> None:
+    named = [name for page in PAGES for name in names_in(page.read_text(encoding="utf-8"), "example")]
+    assert sorted(named) == sorted(EXAMPLES)
+
+
+@pytest.mark.parametrize("formula", FORMULAS.values(), ids=list(FORMULAS))
+def test_a_formula_is_told_with_all_that_belongs_to_it(formula: Formula) -> None:
+    text = formula_text(formula.name)
+    for part in (formula.title, formula.latex, formula.kids, formula.scientists, formula.pitfalls, formula.source):
+        assert part in text
+    path, _, line = formula.implementation()
+    assert line in text
+    assert f"`{path.relative_to(PROJECT).as_posix()}`" in text
+    assert plain_letters(formula) <= LETTERS.keys()
+    for meaning in formula.meanings.values():
+        assert meaning.text in text
+    assert f"../chapters/{next(c for c, f in CHAPTERS.items() if formula in f)}.md#{slug(formula.title)}" in (
+        equation_text(formula.name, "../")
+    )
+
+
+def test_filling_replaces_what_stood_there_and_nothing_else() -> None:
+    page = "a\n\n<!-- example: loss -->\nold\n<!-- end of example -->\n\nb <!-- formula: attention -->\n"
+    filled = fill(page, {"example": announcement})
+    assert announcement("loss") in filled
+    assert "old" not in filled
+    assert filled.startswith("a\n")
+    assert filled.endswith("b <!-- formula: attention -->\n")
+    assert fill(filled, {"example": announcement}) == filled
+    with pytest.raises(KeyError):
+        fill(page.replace("loss", "gain"), {"example": announcement})

@@ -1,0 +1,41 @@
+"""The examples' numbers: made of a run of seconds, checked while they are made."""
+
+import re
+
+import pytest
+from worked_examples import EXAMPLES, example_run, fill_examples
+from worked_examples.run import ExampleRun, table
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run() -> ExampleRun:
+    return example_run()
+
+
+def test_the_model_has_learned_something(run: ExampleRun) -> None:
+    assert run.record.val[-1]["loss"] < 0.8 * run.record.val[0]["loss"]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_fills_its_place_with_numbers(name: str, run: ExampleRun) -> None:
+    page = f"before\n\n<!-- example: {name} -->\nwill stand here\n<!-- end of example -->\n\nafter\n"
+    filled = fill_examples(page)
+    assert "will stand here" not in filled
+    assert re.search(r"\d\.\d|\d,\d{3}|<img", filled) or name == "windows"
+    assert filled.startswith("before\n")
+    assert filled.endswith("after\n")
+    assert "nan" not in re.sub(r"data:[^\"]*", "", filled)
+
+
+def test_weights_of_another_run_would_be_found(run: ExampleRun) -> None:
+    weights = run.trace.tensors["blocks.0.attention.weights"]
+    wrong = run.trace.tensors | {"blocks.0.attention.weights": weights.roll(1, dims=0)}
+    broken = type(run)(**{**vars(run), "trace": type(run.trace)(run.model, run.trace.token_ids, wrong)})
+    with pytest.raises(AssertionError):
+        EXAMPLES["attention"][1](broken)
+
+
+def test_a_table_escapes_what_would_end_a_cell() -> None:
+    assert table(("a|b", "c"), [(-1.23456, float("-inf"))]) == "| a\\|b | c |\n| --- | --- |\n| −1.235 | −∞ |"

@@ -14,7 +14,10 @@ import numpy as np
 import sympy
 from numpy.typing import ArrayLike, NDArray
 
+from sheepop.learn.functions import Applied, ArgMax, Indicator, Kept, Nearest, Silu, Softmax, Stacked
+
 Numbers = NDArray[Any]
+Part = Callable[..., Numbers]
 
 FUNCTIONS: dict[Any, Callable[[Numbers], Numbers]] = {
     sympy.exp: np.exp,
@@ -24,6 +27,9 @@ FUNCTIONS: dict[Any, Callable[[Numbers], Numbers]] = {
     sympy.tanh: np.tanh,
     sympy.Abs: np.abs,
     sympy.floor: np.floor,
+    Nearest: np.rint,
+    Silu: lambda numbers: numbers / (1 + np.exp(-numbers)),
+    Indicator: lambda condition: condition.astype(np.float64),
     sympy.erf: np.vectorize(math.erf, otypes=[float]),
 }
 JOINTS: dict[Any, Callable[[Numbers, Numbers], Numbers]] = {
@@ -31,6 +37,7 @@ JOINTS: dict[Any, Callable[[Numbers, Numbers], Numbers]] = {
     sympy.Mul: np.multiply,
     sympy.Max: np.maximum,
     sympy.Min: np.minimum,
+    sympy.Mod: np.mod,
     sympy.And: np.logical_and,
     sympy.Or: np.logical_or,
     sympy.Eq: np.equal,
@@ -45,25 +52,16 @@ JOINTS: dict[Any, Callable[[Numbers, Numbers], Numbers]] = {
 }
 
 
-class Softmax(sympy.MatrixExpr):  # type: ignore[misc]
-    """The softmax of each row of a matrix, as part of a formula."""
-
-    @property
-    def shape(self) -> Any:
-        """That of the matrix inside."""
-        return self.args[0].shape
-
-    def _latex(self, printer: Any) -> str:
-        return rf"\operatorname{{softmax}}\left({printer._print(self.args[0])}\right)"
-
-
-def evaluate(equation: sympy.Eq, values: Mapping[str, ArrayLike], shape: tuple[int, ...] | None = None) -> Numbers:
+def evaluate(
+    equation: sympy.Eq, values: Mapping[str, ArrayLike | Part], shape: tuple[int, ...] | None = None
+) -> Numbers:
     """Return what the right side of an equation comes to, for every index of its left side.
 
     Args:
         equation: as in `learn/formulas.py`.
         values: an array for each array and matrix, a number (or an array, element by element) for each other symbol,
-            by their names. Sizes follow from the shapes of the arrays where they can.
+            and what can be called for each function, by their names. Sizes follow from the shapes of the arrays where
+            they can.
         shape: of the left side, where the sizes do not all follow from the values.
 
     Returns:
@@ -73,18 +71,19 @@ def evaluate(equation: sympy.Eq, values: Mapping[str, ArrayLike], shape: tuple[i
         KeyError: a symbol has no value.
         ValueError: arrays do not fit each other.
     """
-    arrays = {name: np.asarray(value, dtype=np.float64) for name, value in values.items()}
+    parts = {name: value for name, value in values.items() if callable(value)}
+    arrays = {name: np.asarray(value, dtype=np.float64) for name, value in values.items() if name not in parts}
     left = equation.lhs
     shapes = {name: value.shape for name, value in arrays.items()}
     if shape is not None and not left.is_Symbol:
         shapes[name_of(left.base if isinstance(left, sympy.Indexed) else left)] = shape
     known = {**sizes_of(equation, shapes), **{name: value for name, value in arrays.items() if value.ndim == 0}}
     if not isinstance(left, sympy.Indexed):
-        return Evaluation(arrays, known).value(equation.rhs)
+        return Evaluation(arrays, known, parts).value(equation.rhs)
     lengths = [int(Evaluation(arrays, known).value(size)) for size in left.base.shape]
     grids = np.meshgrid(*[np.arange(length) for length in lengths], indexing="ij")
     indices = {index: grid for index, grid in zip(left.indices, grids, strict=True) if index.is_Symbol}
-    found = Evaluation(arrays, known, indices, len(lengths)).value(equation.rhs)
+    found = Evaluation(arrays, known, parts, indices, len(lengths)).value(equation.rhs)
     return np.broadcast_to(found, lengths)
 
 
@@ -119,10 +118,11 @@ class Evaluation:
         self,
         arrays: Mapping[str, Numbers],
         known: Mapping[str, Numbers],
+        parts: Mapping[str, Part] | None = None,
         indices: Mapping[Any, Numbers] | None = None,
         axes: int = 0,
     ) -> None:
-        self.arrays, self.known, self.indices, self.axes = arrays, known, indices or {}, axes
+        self.arrays, self.known, self.parts, self.indices, self.axes = arrays, known, parts or {}, indices or {}, axes
 
     def value(self, expression: Any) -> Numbers:
         """Return the value of an expression: with the axes of the indices, or one that broadcasts to them."""
@@ -138,10 +138,23 @@ class Evaluation:
             return self.element(expression)
         if isinstance(expression, sympy.Sum):
             return self.sum(expression)
+        if isinstance(expression, ArgMax):
+            body, index, size = expression.args
+            return np.asarray(self.along(index, np.arange(int(self.value(size)))).value(body).argmax(axis=-1))
+        if isinstance(expression, Applied):
+            return self.parts[expression.args[0].name](self.value(expression.args[1]))
+        if isinstance(expression, Stacked):
+            function, inside, count = expression.args
+            return reduce(
+                lambda found, number: self.parts[function.name](found, number),
+                range(int(self.value(count))),
+                self.value(inside),
+            )
         if isinstance(expression, sympy.Piecewise):
             found = np.asarray(np.nan)
-            for branch, condition in reversed(expression.args):
-                found = np.where(self.value(condition), self.value(branch), found)
+            with np.errstate(all="ignore"):  # a branch is worked out where it is not meant as well
+                for branch, condition in reversed(expression.args):
+                    found = np.where(self.value(condition), self.value(branch), found)
             return found
         if expression in (sympy.true, sympy.false):
             return np.asarray(bool(expression))
@@ -151,6 +164,8 @@ class Evaluation:
             return reduce(JOINTS[kind], parts)
         if kind in (sympy.Pow, sympy.MatPow):
             return self.power(expression, *parts)
+        if kind is Kept:
+            return parts[0]
         if kind is sympy.Transpose:
             return parts[0].T
         if kind is Softmax:
@@ -167,15 +182,19 @@ class Evaluation:
         return np.asarray(np.where(np.logical_and.reduce(np.broadcast_arrays(*inside)), found, np.nan))
 
     def sum(self, expression: sympy.Sum) -> Numbers:
-        """Return a sum over one index, whose bounds may depend on the others."""
-        body, (index, *bounds) = expression.args
+        """Return a sum, whose bounds may depend on the other indices; sympy has sums within each other as one."""
+        body, *inner, (index, *bounds) = expression.args
+        body = sympy.Sum(body, *inner) if inner else body
         lowest, highest = (np.asarray(self.value(bound)) for bound in bounds)
         terms = np.arange(int(lowest.min()), int(highest.max()) + 1)
+        is_meant = (terms >= lowest[..., None]) & (terms <= highest[..., None])
+        return np.asarray(np.where(is_meant, self.along(index, terms).value(body), 0.0).sum(axis=-1))
+
+    def along(self, index: Any, terms: Numbers) -> "Evaluation":
+        """Return the evaluation in which an index takes these values, along an axis behind the others."""
         indices = {outer: grid[..., None] for outer, grid in self.indices.items()}
         indices[index] = terms.reshape((1,) * self.axes + (-1,))
-        inner = Evaluation(self.arrays, self.known, indices, self.axes + 1)
-        is_meant = (terms >= lowest[..., None]) & (terms <= highest[..., None])
-        return np.asarray(np.where(is_meant, inner.value(body), 0.0).sum(axis=-1))
+        return Evaluation(self.arrays, self.known, self.parts, indices, self.axes + 1)
 
     def power(self, expression: Any, base: Numbers, exponent: Numbers) -> Numbers:
         """Return a power, of numbers or of a square matrix."""

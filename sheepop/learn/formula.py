@@ -15,9 +15,11 @@ from torch import Tensor
 
 from sheepop.config import ModelConfig
 from sheepop.learn import notation
-from sheepop.learn.evaluation import evaluate, name_of
+from sheepop.learn.evaluation import Part, evaluate, name_of
 from sheepop.learn.trace import Trace
 from sheepop.utils.errors import ConfigError
+
+Value = ArrayLike | Tensor | Part  # what can be called is a part of the model, of which only what it makes is seen
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,12 @@ class Meaning:
 
     text: str
     point: str = ""
-    value: Callable[[Trace, int], ArrayLike | Tensor] | None = None
+    value: Callable[[Trace, int], Value] | None = None
 
-    def of(self, trace: Trace, layer: int) -> NDArray[np.float64]:
-        """Return its value in a run, in float64."""
+    def of(self, trace: Trace, layer: int) -> NDArray[np.float64] | Part:
+        """Return its value in a run, in float64; of a function that is a part of the model, what can be called."""
         found = self.value(trace, layer) if self.value else trace[self.point.format(layer=layer)]
-        return as_float64(found)
+        return found if callable(found) else as_float64(found)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Formula:
         title: as a heading has it.
         equation: what is printed and what is evaluated; the left side is what it defines.
         meanings: of its symbols by name, but for sizes and indices, which `notation.py` explains.
-        code: what implements it, `module:function` or `module:Class.method`.
+        code: what implements it, `module:function`, `module:Class.method` or `module:TABLE`.
         line: what stands in that line of it which the formula is, nowhere else in it.
         kids: the idea for a child: something to see or to touch.
         scientists: what it does, why, and what it assumes.
@@ -69,7 +71,7 @@ class Formula:
     scientists: str
     pitfalls: str
     source: str
-    sample: Callable[[np.random.Generator], tuple[Mapping[str, ArrayLike | Tensor], ArrayLike | Tensor]]
+    sample: Callable[[np.random.Generator], tuple[Mapping[str, Value], ArrayLike | Tensor]]
     missing: Callable[[ModelConfig], str | None] = lambda _: None
 
     def __post_init__(self) -> None:
@@ -97,11 +99,10 @@ class Formula:
         """Whether a forward pass shows both sides."""
         return all(meaning.point or meaning.value for meaning in self.meanings.values())
 
-    def evaluate(
-        self, values: Mapping[str, ArrayLike | Tensor], shape: tuple[int, ...] | None = None
-    ) -> NDArray[np.float64]:
+    def evaluate(self, values: Mapping[str, Value], shape: tuple[int, ...] | None = None) -> NDArray[np.float64]:
         """Return the right side in float64 for values of its symbols; see `evaluation.evaluate`."""
-        return evaluate(self.equation, {name: as_float64(value) for name, value in values.items()}, shape)
+        given = {name: value if callable(value) else as_float64(value) for name, value in values.items()}
+        return evaluate(self.equation, given, shape)
 
     def sampled(self, random: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return what the formula and what the implementation make of the same random numbers."""
@@ -117,10 +118,11 @@ class Formula:
         """
         values = self.values_in(trace, layer)
         expected = values.pop(self.left_name)
+        assert not callable(expected)
         return self.evaluate(values, expected.shape), expected
 
-    def values_in(self, trace: Trace, layer: int = 0) -> dict[str, NDArray[np.float64]]:
-        """Return the values of all symbols in a run, that of the left side included; errors as `traced`."""
+    def values_in(self, trace: Trace, layer: int = 0) -> dict[str, NDArray[np.float64] | Part]:
+        """Return the values of all symbols in a run, see `Meaning.of`, the left side's included; errors as `traced`."""
         why = self.missing(trace.model.config)
         if why:
             raise ConfigError(f"The formula '{self.name}' is not about this model: {why}.")
@@ -134,18 +136,22 @@ class Formula:
         Raises:
             LookupError: the code has no such line, or several: it has changed, and the formula has to follow.
         """
-        module, _, path = self.code.partition(":")
-        symbol: Any = importlib.import_module(module)
+        module_name, _, path = self.code.partition(":")
+        module = importlib.import_module(module_name)
+        symbol: Any = module
         for name in path.split("."):
             symbol = getattr(symbol, name)
+        if not inspect.isroutine(symbol):  # a table is no code of its own, and is looked for in all of its module
+            symbol = module
         lines, first = inspect.getsourcelines(symbol)
+        first = max(first, 1)  # of a module it is 0
         found = [(number, text) for number, text in enumerate(lines, start=first) if self.line in text]
         if len(found) != 1:
             raise LookupError(
                 f"{self.code} has {len(found)} lines with '{self.line}', which formula '{self.name}' names"
             )
         number, text = found[0]
-        return Path(inspect.getfile(inspect.unwrap(symbol))), number, text.strip()
+        return Path(inspect.getfile(module)), number, text.strip()
 
 
 def relative_difference(found: ArrayLike, expected: ArrayLike) -> float:

@@ -1,10 +1,17 @@
 """All formulas by name: the one place from which the docs, the pages and the notebooks take them."""
 
-from sheepop.learn.chapters import attention
+from sheepop.learn.chapters import attention, block, embedding, feed_forward, loss, normalization
 from sheepop.learn.formula import Formula
 from sheepop.utils.errors import ConfigError, did_you_mean
 
-CHAPTERS: dict[str, tuple[Formula, ...]] = {"attention": attention.FORMULAS}
+CHAPTERS: dict[str, tuple[Formula, ...]] = {
+    "embedding": embedding.FORMULAS,
+    "attention": attention.FORMULAS,
+    "feed_forward": feed_forward.FORMULAS,
+    "normalization": normalization.FORMULAS,
+    "block": block.FORMULAS,
+    "loss": loss.FORMULAS,
+}
 FORMULAS = {formula.name: formula for formulas in CHAPTERS.values() for formula in formulas}
 
 

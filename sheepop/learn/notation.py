@@ -9,6 +9,32 @@ from typing import Any
 import sympy
 from sympy.printing.latex import LatexPrinter
 
+from sheepop.learn.functions import Kept
+
+# What sizes and indices mean in every formula that does not say otherwise.
+LETTERS = {
+    "B": "texts in a batch",
+    "T": "places that ask",
+    "S": "places that answer",
+    "D": "width of the stream",
+    "H": "heads",
+    "H_{KV}": "heads of keys and values",
+    "C": "width of a head",
+    "F": "width inside the feed-forward",
+    "V": "entries of the vocabulary",
+    "L": "layers",
+    "t": "a place that asks",
+    "s": "a place that answers",
+    "r": "a place, to sum over all that answer",
+    "c": "a number of a head",
+    "i": "a number of the stream",
+    "j": "a number of the stream, to sum over",
+    "f": "a number inside the feed-forward",
+    "h": "a head",
+    "u": "an entry of the vocabulary, to sum over",
+    "v": "an entry of the vocabulary",
+}
+
 # Sizes. T and S are the numbers of query and key places, which agree where a whole text is read.
 B, T, S, D, H, C, F, V, L = sympy.symbols("B T S D H C F V L", integer=True, positive=True)
 KV_HEADS = sympy.Symbol("H_{KV}", integer=True, positive=True)  # K in the code, which is the keys in formulas
@@ -37,9 +63,34 @@ def plus(*terms: Any) -> sympy.Add:
     return sympy.Add(*map(sympy.sympify, terms), evaluate=False)
 
 
+def ratio(above: Any, below: Any) -> sympy.Mul:
+    """Return a fraction that stays one."""
+    return times(above, sympy.Pow(below, -1, evaluate=False))
+
+
+def root(inside: Any) -> sympy.Pow:
+    """Return a square root over what stays as it is written."""
+    return sympy.Pow(inside, sympy.Rational(1, 2), evaluate=False)
+
+
+def matrix_sum(*terms: Any) -> sympy.MatAdd:
+    """Return a sum of matrices whose terms stay in this order."""
+    return sympy.MatAdd(*terms)
+
+
+def matrix_product(*factors: Any) -> sympy.MatMul:
+    """Return a product of matrices as it is written."""
+    return sympy.MatMul(*factors)
+
+
 def over(body: Any, index: sympy.Symbol, size: Any) -> sympy.Sum:
     """Return the sum over all values of an index, 0 to size - 1."""
     return sympy.Sum(body, (index, 0, size - 1))
+
+
+def mean(body: Any, index: sympy.Symbol, size: Any) -> sympy.Mul:
+    """Return the mean over all values of an index, as one over the size times the sum."""
+    return times(Kept(1 / size), over(body, index, size))
 
 
 def cases(*branches: tuple[Any, Any], otherwise: Any) -> sympy.Piecewise:
@@ -51,7 +102,7 @@ class Printer(LatexPrinter):  # type: ignore[misc]
     """LaTeX in the order in which the formula was written."""
 
     def __init__(self) -> None:
-        super().__init__({"order": "none", "fold_short_frac": False})
+        super().__init__({"order": "none", "fold_short_frac": False, "fold_frac_powers": True, "ln_notation": True})
 
     def _print_Add(self, expr: Any, order: Any = None) -> str:  # noqa: ARG002, N802
         # What was not written by hand has its number first, -1 + C, and an author writes C - 1.
@@ -60,6 +111,19 @@ class Printer(LatexPrinter):  # type: ignore[misc]
             terms.append(terms.pop(0))
         return str(super()._print_Add(plus(*terms)))
 
+    def _print_Sum(self, expr: Any) -> str:  # noqa: N802
+        # The sums within each other, as they were written.
+        signs = [
+            rf"\sum_{{{self._print(index)}={self._print(lowest)}}}^{{{self._print(highest)}}}"
+            for index, lowest, highest in reversed(expr.limits)
+        ]
+        body = self._print(expr.function)
+        return " ".join([*signs, rf"\left({body}\right)" if expr.function.is_Add else str(body)])
+
+    def _print_MatAdd(self, expr: Any) -> str:  # noqa: N802
+        first, *others = [str(self._print(term)) for term in expr.args]
+        return first + "".join(f" - {term[1:].lstrip()}" if term.startswith("-") else f" + {term}" for term in others)
+
     def _print_MatMul(self, expr: Any) -> str:  # noqa: N802
         # Over √C, not behind 1/√C.
         below = [factor for factor in expr.args if factor.is_Pow and factor.exp.could_extract_minus_sign()]
@@ -67,6 +131,22 @@ class Printer(LatexPrinter):  # type: ignore[misc]
             return str(super()._print_MatMul(expr))
         above = sympy.MatMul(*[factor for factor in expr.args if factor not in below])
         return rf"\frac{{{self._print(above)}}}{{{self._print(1 / sympy.Mul(*below))}}}"
+
+    def _print_Transpose(self, expr: Any) -> str:  # noqa: N802
+        return rf"{self._print(expr.arg)}^{{\top}}"
+
+    def _print_floor(self, expr: Any) -> str:
+        above, below = expr.args[0].as_numer_denom()
+        return rf"\lfloor {self._print(above)} / {self._print(below)} \rfloor"
+
+    def _print_Piecewise(self, expr: Any) -> str:  # noqa: N802
+        return str(super()._print_Piecewise(expr)).replace(r"\text{for}\:", r"\text{if}\ ")
+
+    def _print_HadamardProduct(self, expr: Any) -> str:  # noqa: N802
+        return r" \odot ".join(
+            rf"\left({self._print(part)}\right)" if isinstance(part, sympy.MatAdd) else str(self._print(part))
+            for part in expr.args
+        )
 
     def _print_Indexed(self, expr: Any) -> str:  # noqa: N802
         base, indices = self._print(expr.base), ", ".join(map(self._print, expr.indices))

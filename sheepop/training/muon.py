@@ -22,14 +22,19 @@ EPSILON = 1e-7
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Bring the singular values of each matrix near one, UΣVᵀ to about UVᵀ: (N, R, C) to (N, R, C), R ≤ C."""
-    a, b, c = COEFFICIENTS
     # The Frobenius norm is an upper bound of the largest singular value, which must not exceed one.
     result: Tensor = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=EPSILON)
     for _ in range(ROUNDS):
-        gram = result @ result.mT  # (N, R, R)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        result = torch.baddbmm(result, polynomial, result, beta=a)
+        result = newton_schulz(result)
     return result
+
+
+def newton_schulz(matrices: Tensor) -> Tensor:
+    """Return aX + (bXXᵀ + c(XXᵀ)²)X of each matrix (N, R, C): its singular values s become as + bs³ + cs⁵."""
+    a, b, c = COEFFICIENTS
+    gram = matrices @ matrices.mT  # (N, R, R)
+    polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    return torch.baddbmm(matrices, polynomial, matrices, beta=a)
 
 
 class Muon(torch.optim.Optimizer):

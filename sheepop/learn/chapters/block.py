@@ -1,0 +1,137 @@
+"""The block, and the whole way from tokens to scores."""
+
+from collections.abc import Callable
+
+import numpy as np
+import sympy
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sheepop.config import ModelConfig
+from sheepop.learn.evaluation import Part
+from sheepop.learn.formula import Formula, Meaning
+from sheepop.learn.functions import Applied, Stacked
+from sheepop.learn.notation import D, L, T, V, equals, matrix_product, matrix_sum
+from sheepop.learn.parts import block_of, context_of, part_of, sample_run
+from sheepop.learn.trace import Trace
+from sheepop.models.blocks import TransformerBlock
+
+STREAM, MADE = sympy.MatrixSymbol("X", T, D), sympy.MatrixSymbol("Y", T, D)
+EMBEDDED, HEAD, SCORES = sympy.MatrixSymbol("E", T, D), sympy.MatrixSymbol("U", V, D), sympy.MatrixSymbol("Z", T, V)
+ATTENDED = Applied(sympy.Symbol("Attention"), Applied(sympy.Symbol("Norm_1"), STREAM))
+
+
+def inner(compute: Callable[[TransformerBlock, Tensor], Tensor]) -> Callable[[Trace, int], Part]:
+    """Return what gives a part of a block as a function."""
+    return lambda run, layer: part_of(run, lambda hidden: compute(block_of(run, layer), hidden))
+
+
+def attention_of(run: Trace, layer: int) -> Part:
+    """Return attention with all its heads as a function of what it reads."""
+    context = context_of(run)
+    return part_of(run, lambda hidden: block_of(run, layer).attention(hidden, context))
+
+
+def blocks_of(run: Trace, _layer: int) -> Part:
+    """Return all blocks as a function of what one reads and of which one it is."""
+    context = context_of(run)
+
+    def block(hidden: NDArray[np.float64], number: int) -> NDArray[np.float64]:
+        return part_of(run, lambda tensor: block_of(run, number)(tensor, context))(hidden)
+
+    return block
+
+
+def missing_in_series(config: ModelConfig) -> str | None:
+    """Say why a model's sub-layers do not follow each other."""
+    if config.parallel_residual:
+        return (
+            "its model.parallel_residual is true: attention and feed-forward read the same stream, and are not one "
+            "behind the other"
+        )
+    return None
+
+
+BLOCK = {
+    "Y": Meaning("the stream behind the block", "blocks.{layer}.output"),
+    "X": Meaning("the stream before the block", "blocks.{layer}.input"),
+    "Norm_1": Meaning("norm before attention", value=inner(lambda block, x: block.attention_norm(x))),
+    "Attention": Meaning("attention with all its heads", value=attention_of),
+    "Norm_2": Meaning("norm before the feed-forward", value=inner(lambda block, x: block.feed_forward_norm(x))),
+    "FFN": Meaning("the feed-forward", value=inner(lambda block, x: block.feed_forward(x))),
+}
+FORWARD = {
+    "Z": Meaning("scores of all entries of the vocabulary at each place", "logits"),
+    "E": Meaning("embedding of the text", "embedding"),
+    "Block": Meaning("the blocks, one behind the other", value=blocks_of),
+    "L": Meaning("layers", value=lambda run, _: run.model.config.num_layers),
+    "Norm": Meaning("the last norm", value=lambda run, _: part_of(run, run.model.final_norm)),
+    "U": Meaning(
+        "the head: a row for each entry, often the table of embeddings itself",
+        value=lambda run, _: run.model.head.weight,
+    ),
+}
+
+FORMULAS = (
+    Formula(
+        name="transformer_block",
+        title="Transformer block",
+        equation=equals(
+            MADE,
+            matrix_sum(
+                STREAM,
+                ATTENDED,
+                Applied(sympy.Symbol("FFN"), Applied(sympy.Symbol("Norm_2"), matrix_sum(STREAM, ATTENDED))),
+            ),
+        ),
+        meanings=BLOCK,
+        code="sheepop.models.blocks:TransformerBlock.compute",
+        line='return tap("output", attended + drop(',
+        kids="""
+            A conveyor belt runs past two workers. The first looks around at what lies further up the belt and puts a
+            brick on; the second thinks about what is there and puts another one on. Nobody takes anything off the belt.
+        """,
+        scientists="""
+            Two sub-layers, each of which reads a normalised copy of the stream and adds to it. Its derivative is the
+            identity plus a correction, so the gradient reaches the first layer however many there are. With the norm on
+            the branch (pre-norm) that path is free of any norm, which spares the warm-up that post-norm needs.
+        """,
+        pitfalls="""
+            Adding the normalised copy instead of the stream itself; letting the feed-forward read what was there
+            before attention, which is another model (a parallel one), not a wrong one.
+        """,
+        source="Vaswani et al. 2017, section 3.1; residuals: He et al. 2016; pre-norm: Xiong et al. 2020",
+        sample=sample_run(BLOCK, "Y", bias=True),
+        missing=missing_in_series,
+    ),
+    Formula(
+        name="forward_pass",
+        title="Forward pass",
+        equation=equals(
+            SCORES,
+            matrix_product(
+                Applied(sympy.Symbol("Norm"), Stacked(sympy.Symbol("Block"), EMBEDDED, L)),
+                HEAD.T,
+            ),
+        ),
+        meanings=FORWARD,
+        code="sheepop.models.transformer:TransformerModel.logits",
+        line="return linear(hidden, self.head.weight)",
+        kids="""
+            Words become rows of bricks, and the rows travel along an assembly line with a station for each layer. At
+            the end every row is held against a wall of samples, one for each word that there is: the sample that it is
+            most like is the guess for what comes next.
+        """,
+        scientists="""
+            Embedding, L blocks, a last norm, and an inner product with a vector for each entry of the vocabulary. All
+            places are computed at once, since the mask keeps each from seeing what follows. Where head and embedding
+            are tied, the same table reads tokens in and scores them.
+        """,
+        pitfalls="""
+            Leaving the last norm out, without which a pre-norm model's scores have the wrong size; reading the scores
+            of place t as those of token t, when they are about token t + 1.
+        """,
+        source="Radford et al. 2019, Language Models are Unsupervised Multitask Learners; Vaswani et al. 2017",
+        sample=sample_run(FORWARD, "Z", positions="learned", norm="rmsnorm"),
+    ),
+)

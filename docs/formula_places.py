@@ -1,4 +1,4 @@
-"""Formulas as the pages have them, from `sheepop/learn/formulas.py`: equation, letters, two voices, pitfalls, source, code."""
+"""Formulas as pages have them, from `sheepop/learn/formulas.py`: equation, letters, voices, pitfalls, source, code."""
 
 import re
 
@@ -8,30 +8,18 @@ from sheepop.learn import notation
 from sheepop.learn.formula import Formula
 from sheepop.learn.formulas import CHAPTERS, formula_of
 
-# Sizes and indices, which mean the same in every formula (`notation.py`); a formula may give a letter another meaning.
-LETTERS = {
-    "B": "texts in a batch",
-    "T": "places that ask",
-    "S": "places that answer",
-    "D": "width of the stream",
+# What the sizes count, which means the same in every formula (`notation.py`) unless a formula says otherwise itself.
+SIZES = {
+    "B": "texts of a batch",
+    "T": "places of the text",
+    "S": "places that can be looked at",
+    "D": "numbers of the stream",
     "H": "heads",
     "H_{KV}": "heads of keys and values",
-    "C": "width of a head",
-    "F": "width inside the feed-forward",
+    "C": "numbers of a head",
+    "F": "numbers inside the feed-forward",
     "V": "entries of the vocabulary",
     "L": "layers",
-    "b": "a text of the batch",
-    "t": "a place that asks",
-    "s": "a place that answers",
-    "r": "a place, to sum over all that answer",
-    "c": "a number of a head",
-    "i": "a number of the stream",
-    "j": "a number of the stream, to sum over",
-    "f": "a number inside the feed-forward",
-    "h": "a head",
-    "u": "an entry of the vocabulary",
-    "v": "an entry of the vocabulary, to sum over",
-    "l": "a layer",
 }
 
 
@@ -73,9 +61,9 @@ def legend(formula: Formula) -> str:
     for name, meaning in formula.meanings.items():
         point = f" (`{meaning.point.format(layer='N')}`)" if meaning.point else ""
         lines.append(f"- ${letter(name)}$: {meaning.text}{point}")
-    plain = sorted(plain_letters(formula), key=list(LETTERS).index)
+    plain = plain_letters(formula)
     if plain:
-        lines.append("- " + ", ".join(f"${letter(name)}$: {LETTERS[name]}" for name in plain))
+        lines.append("- " + "; ".join(plain))
     return "\n".join(lines)
 
 
@@ -84,17 +72,40 @@ def letter(name: str) -> str:
     return notation.latex(sympy.Symbol(name))
 
 
-def plain_letters(formula: Formula) -> set[str]:
-    """Return the sizes and indices of a formula, which have no meaning of their own.
+def plain_letters(formula: Formula) -> list[str]:
+    """Return what the sizes and indices of a formula are, which have no meaning of their own.
 
     Raises:
         LookupError: one of them is unknown here.
     """
-    found = {str(symbol.name) for symbol in formula.equation.atoms(sympy.Symbol)} - formula.meanings.keys()
-    unknown = found - LETTERS.keys()
-    if unknown:
-        raise LookupError(f"formula '{formula.name}' has letters that nothing explains: {', '.join(sorted(unknown))}")
+    counted: dict[str, list[str]] = {}
+    for index, size in counters(formula.equation):
+        counted.setdefault(size, []).append(index)
+    letters = {str(symbol.name) for symbol in formula.equation.atoms(sympy.Symbol)} - formula.meanings.keys()
+    unknown = letters - SIZES.keys() - {index for indices in counted.values() for index in indices}
+    if unknown or not counted.keys() <= SIZES.keys() | formula.meanings.keys():
+        names = ", ".join(sorted(unknown or counted.keys()))
+        raise LookupError(f"formula '{formula.name}' has letters that nothing explains: {names}")
+    found = []
+    for size, meaning in SIZES.items():
+        if size in counted:
+            indices = ", ".join(f"${letter(index)}$" for index in sorted(set(counted[size])))
+            verb = "counts" if len(set(counted[size])) == 1 else "count"
+            found.append(f"{indices} {verb} the ${letter(size)}$ {meaning}")
+        elif size in letters:
+            found.append(f"${letter(size)}$: {meaning}")
     return found
+
+
+def counters(equation: sympy.Eq) -> list[tuple[str, str]]:
+    """Return the indices of an equation, each with the size that it runs up to."""
+    left = equation.lhs
+    pairs = []
+    if isinstance(left, sympy.Indexed):
+        pairs += [(index, size) for index, size in zip(left.indices, left.base.shape, strict=True) if index.is_Symbol]
+    for sum_ in equation.atoms(sympy.Sum):
+        pairs += [(index, highest + 1) for index, _, highest in sum_.limits]
+    return [(index.name, size.name) for index, size in pairs if size.is_Symbol]
 
 
 def slug(title: str) -> str:

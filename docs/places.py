@@ -1,8 +1,8 @@
 """Marked places of hand-written pages: what stands between `<!-- KIND: NAME -->` and `<!-- end of KIND -->` is made.
 
 `formula` has all that is to be said of a formula, `equation` only the equation with its letters; both come from
-`sheepop/learn/formulas.py` and are written into the page by `docs/generate.py`. An `example` has numbers of a model that
-is trained while the site is built, so that the page in the repository only says what will stand there.
+`sheepop/learn/formulas.py` and are written into the page by `docs/generate.py`. An `example` has numbers of a model
+that is trained while the site is built, so that the page in the repository only says what will stand there.
 """
 
 import re
@@ -36,7 +36,7 @@ def outside_of_places(page: str) -> str:
 
 
 def pages_with_places(folder: Path) -> dict[str, Callable[[], str]]:
-    """Return the hand-written pages below `folder` that have places: their names, and what makes each as it should be."""
+    """Return the hand-written pages with places below `folder`: their names, and what makes each as it should be."""
     from formula_places import equation_text, formula_text
     from worked_examples import announcement
 

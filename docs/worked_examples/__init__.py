@@ -27,7 +27,4 @@ def fill_examples(page: str) -> str:
 
 def announcement(name: str) -> str:
     """Return what stands in the place of an example in the repository."""
-    return (
-        f"> *With real numbers:* {EXAMPLES[name][0]}. The numbers are those of a small model that is trained while the "
-        "site is built, so they stand in the site (`make docs`, then open `build/site/index.html`)."
-    )
+    return f"> *With the numbers of a real model, in the site (`make docs`):* {EXAMPLES[name][0]}."

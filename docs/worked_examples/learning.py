@@ -41,8 +41,9 @@ def loss(run: ExampleRun) -> str:
         f"Three predictions in text that was held out:\n\n"
         f"{table(('has read', 'what comes', 'probability p that it gave', '−ln p'), rows)}\n\n"
         f"The loss is the mean of the last column, **{mean:.3f}** nats per token. Its perplexity is "
-        f"e^{mean:.3f} = **{perplexity(mean):.1f}**: as unsure as among so many equally likely tokens. The three tokens are "
-        f"{num_bytes} bytes of text, so this is {mean:.3f} / ln 2 · 3 / {num_bytes} = **{bits:.3f}** bits per byte."
+        f"e^{mean:.3f} = **{perplexity(mean):.1f}**: as unsure as among so many equally likely tokens. The three "
+        f"tokens are {num_bytes} bytes of text, so this is {mean:.3f} / ln 2 · 3 / {num_bytes} = **{bits:.3f}** bits per "
+        "byte."
     )
 
 
@@ -77,9 +78,9 @@ def adamw(run: ExampleRun) -> str:
         rows.append((step, *(f"{number:.4g}".replace("-", "−") for number in numbers)))
     header = ("step", "weight", "gradient g", "m", "v", "m̂", "v̂", "m̂ / √v̂", "weight after")
     return (
-        "One weight of the first feed-forward through three steps at rate 0.001 and decay 0.1. In the first step m̂ / √v̂ is 1 or "
-        "−1 whatever the gradient: a step of AdamW has the size of the rate, not of the gradient. The last column is what "
-        f"the optimizer itself came to, within 1e-6:\n\n{table(header, rows)}"
+        "One weight of the first feed-forward through three steps at rate 0.001 and decay 0.1. In the first step "
+        "m̂ / √v̂ is 1 or −1 whatever the gradient: a step of AdamW has the size of the rate, not of the gradient. The "
+        f"last column is what the optimizer itself came to, within 1e-6:\n\n{table(header, rows)}"
     )
 
 
@@ -98,8 +99,8 @@ def muon(run: ExampleRun) -> str:
         for name, values in (("gradient", before), ("what Muon moves along", after))
     ]
     return (
-        f"The gradient of the first attention's output matrix, {gradient.shape[0]} × {gradient.shape[1]}. Few directions hold "
-        f"most of it; after five rounds all that hold something count about the same:\n\n"
+        f"The gradient of the first attention's output matrix, {gradient.shape[0]} × {gradient.shape[1]}. Few "
+        f"directions hold most of it; after five rounds all that hold something count about the same:\n\n"
         f"{table(('singular values', 'largest', 'fifth', 'middle'), rows)}"
     )
 
@@ -120,8 +121,8 @@ def clipping(run: ExampleRun) -> str:
         ("after", f"{float(after):.4g}", f"{float(weight.grad[3, 5]):.4g}".replace("-", "−")),
     ]
     return (
-        f"A batch's gradients, clipped to half of their norm, {limit:.4g}. All numbers shrink alike, so the direction stays:\n\n"
-        f"{table(('', 'norm of all gradients', 'one of them'), rows)}"
+        f"A batch's gradients, clipped to half of their norm, {limit:.4g}. All numbers shrink alike, so the direction "
+        f"stays:\n\n{table(('', 'norm of all gradients', 'one of them'), rows)}"
     )
 
 
@@ -142,8 +143,8 @@ def schedule(run: ExampleRun) -> str:
     for step, rate in recorded.items():  # what the run wrote down is what the formula says
         assert math.isclose(rate, learning_rate_at(step - 1, steps, training), rel_tol=1e-6)
     return (
-        f"The run behind these pages has {steps} steps, {warmup} of them warm-up, and a peak of {peak:g}. Its schedule was "
-        f"cosine; the others would have gone like this:\n\n{table(('step', *kinds), rows)}"
+        f"The run behind these pages has {steps} steps, {warmup} of them warm-up, and a peak of {peak:g}. Its schedule "
+        f"was cosine; the others would have gone like this:\n\n{table(('step', *kinds), rows)}"
     )
 
 
@@ -153,8 +154,8 @@ def curves(run: ExampleRun) -> str:
     assert last["loss"] < first["loss"] < math.log(run.config.model.vocab_size)
     blind = math.log(run.config.model.vocab_size)
     captions = {
-        "loss": f"It begins near ln {run.config.model.vocab_size} = {blind:.2f}, blind guessing, and the validation ends "
-        f"at {last['loss']:.3f}.",
+        "loss": f"It begins near ln {run.config.model.vocab_size} = {blind:.2f}, blind guessing, and the validation "
+        f"ends at {last['loss']:.3f}.",
         "learning_rate": "Up during warm-up, then down along half a cosine.",
         "grad_norm": "High and uneven at first, then quiet.",
     }

@@ -73,8 +73,8 @@ def sinusoidal(run: ExampleRun) -> str:
             assert math.isclose(number, math.cos(angle) if column % 2 else math.sin(angle), abs_tol=1e-6)
     header = ("place", *(f"{'cos' if column % 2 else 'sin'} [{column}]" for column in chosen))
     return (
-        f"Some columns of the table for width {width}. The first pair turns by a whole radian a place, the last hardly at "
-        f"all, like the second and the hour hand of a clock:\n\n{table(header, rows)}"
+        f"Some columns of the table for width {width}. The first pair turns by a whole radian a place, the last hardly "
+        f"at all, like the second and the hour hand of a clock:\n\n{table(header, rows)}"
     )
 
 

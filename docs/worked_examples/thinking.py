@@ -36,7 +36,7 @@ def attention(run: ExampleRun) -> str:
         square(run, masked),
         "And the softmax of each row, which adds up to 1:",
         square(run, weights[head], ("sum",), [(float(total),) for total in sums]),
-        f"The formula in float64 gives the same weights; the largest difference is {difference:.0e} of the largest weight.",
+        f"The formula in float64 gives the same weights, within {difference:.0e} of the largest.",
     ]
     return "\n\n".join(parts)
 
@@ -95,7 +95,7 @@ def gelu(run: ExampleRun) -> str:
     header = ("inner unit", "x", "share that passes, Φ(x)", "GELU: x · Φ(x)", "SiLU would give")
     few = float((after > 0.1).float().mean())
     return (
-        f"Five of the {len(before)} inner units at the last place, from the most negative to the largest. Of all of them, "
+        f"Five of the {len(before)} inner units at the last place, from the most negative to the largest. Of all, "
         f"{few:.0%} let more than 0.1 through:\n\n{table(header, rows)}"
     )
 
@@ -114,8 +114,8 @@ def layer_norm(run: ExampleRun) -> str:
         rows.append((piece, mean, variance, abs(float(whitened.mean())), float(whitened.var(unbiased=False))))
     header = ("token", "mean before", "variance before", "mean after", "variance after")
     return (
-        "The first norm of the first layer, before its learned scale. (Where the variance before is small, the ε under the "
-        f"root keeps the variance after below 1.)\n\n{table(header, rows)}"
+        "The first norm of the first layer, before its learned scale. (Where the variance before is small, the ε under "
+        f"the root keeps the variance after below 1.)\n\n{table(header, rows)}"
     )
 
 
@@ -146,7 +146,7 @@ def stream(run: ExampleRun) -> str:
         rows.append((layer, *(float(tensor[-1].norm()) for tensor in seen.values())))
     header = ("layer", "comes in", "attention adds", "then it is", "feed-forward adds", "goes out")
     return (
-        f"Lengths of the stream at the last place, {run.pieces[-1]}, through the layers. (Lengths do not add up, because "
+        f"Lengths of the stream at the last place, {run.pieces[-1]}, through the layers. (Lengths do not add up, since "
         f"the arrows point in different directions; the vectors do, and that was checked.)\n\n{table(header, rows)}"
     )
 

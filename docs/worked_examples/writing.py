@@ -54,9 +54,7 @@ def filters(run: ExampleRun) -> str:
     plain = shares(run, SamplingSettings()).sort(descending=True).values.cumsum(dim=0)
     assert int((shares(run, top_p) > 0).sum()) == int((plain < 0.5).sum()) + 1
     columns = {"top-k 3": top_k, "top-p 0.5": top_p}
-    return (
-        f"What may follow “{TEXT}”; what is left after cutting is scaled up to 100 %:\n\n{compare(run, columns)}"
-    )
+    return f"What may follow “{TEXT}”; what is left after cutting is scaled up to 100 %:\n\n{compare(run, columns)}"
 
 
 def generation(run: ExampleRun) -> str:
@@ -72,7 +70,9 @@ def generation(run: ExampleRun) -> str:
             ids = [*prompt, *naive.token_ids[:count]]
             probability = run.model(torch.tensor([ids]))[0, -1].softmax(dim=-1)
             assert int(probability.argmax()) == token
-            rows.append((" ".join(run.piece(each) for each in ids), run.piece(token), f"{float(probability[token]):.1%}"))
+            rows.append(
+                (" ".join(run.piece(each) for each in ids), run.piece(token), f"{float(probability[token]):.1%}")
+            )
     written = run.tokenizer.decode(naive.token_ids).replace("\n", " ⏎ ")
     return (
         f"At temperature 0 the model goes on “{TEXT}” with “{written}”, one token a row; with the cache and without it "
@@ -90,8 +90,8 @@ def parameters(run: ExampleRun) -> str:
     rows.append(("**together**", f"{counts.total:,}", "100%"))
     return (
         f"The model behind these pages, width {run.config.model.d_model}, {run.config.model.num_layers} layers, "
-        f"{run.config.model.vocab_size:,} entries; in fp32 it takes {weight_bytes(run.config.model) / 1024:,.0f} KiB:\n\n"
-        f"{table(('part', 'parameters', 'share'), rows)}"
+        f"{run.config.model.vocab_size:,} entries; in fp32 it takes {weight_bytes(run.config.model) / 1024:,.0f} "
+        f"KiB:\n\n{table(('part', 'parameters', 'share'), rows)}"
     )
 
 
@@ -106,8 +106,8 @@ def kv_cache(run: ExampleRun) -> str:
         assert held == needed
         rows.append((length, f"{needed:,}", f"{kv_cache_bytes(model, batch_size=16, length=length):,}"))
     return (
-        f"2 · {model.num_layers} layers · {model.num_kv_heads} key/value heads · {model.head_dim} numbers · 4 bytes for each "
-        f"token of this model; the second column was compared with what the cache really holds:\n\n"
+        f"2 · {model.num_layers} layers · {model.num_kv_heads} key/value heads · {model.head_dim} numbers · 4 bytes "
+        f"for each token of this model; the second column was compared with what the cache really holds:\n\n"
         f"{table(('tokens', 'bytes, one text', 'bytes, 16 texts'), rows)}"
     )
 

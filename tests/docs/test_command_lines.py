@@ -14,9 +14,7 @@ from sheepop.utils.errors import ConfigError
 
 PROJECT = Path(__file__).parents[2]
 MADE = {"commands.md", "settings.md"}  # from the code itself
-PAGES = sorted(
-    path for path in [*PROJECT.glob("*.md"), *PROJECT.glob("docs/**/*.md")] if path.name not in MADE
-)
+PAGES = sorted(path for path in [*PROJECT.glob("*.md"), *PROJECT.glob("docs/**/*.md")] if path.name not in MADE)
 PROGRAM: Any = typer.main.get_command(app)
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Typer does not name it
 

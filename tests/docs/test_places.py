@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from formula_places import LETTERS, equation_text, formula_text, plain_letters, slug
+from formula_places import equation_text, formula_text, slug
 from places import fill, names_in, outside_of_places
 from worked_examples import EXAMPLES, announcement
 
@@ -59,12 +59,18 @@ def test_a_formula_is_told_with_all_that_belongs_to_it(formula: Formula) -> None
     path, _, line = formula.implementation()
     assert line in text
     assert f"`{path.relative_to(PROJECT).as_posix()}`" in text
-    assert plain_letters(formula) <= LETTERS.keys()
     for meaning in formula.meanings.values():
         assert meaning.text in text
     assert f"../chapters/{next(c for c, f in CHAPTERS.items() if formula in f)}.md#{slug(formula.title)}" in (
         equation_text(formula.name, "../")
     )
+
+
+def test_letters_are_told_by_what_they_count() -> None:
+    legend = formula_text("attention_scores")
+    assert "$c$ counts the $C$ numbers of a head" in legend
+    assert "$t$ counts the $T$ places of the text" in legend
+    assert "`blocks.N.attention.query`" in legend
 
 
 def test_filling_replaces_what_stood_there_and_nothing_else() -> None:

@@ -1,5 +1,6 @@
 """The examples' numbers: made of a run of seconds, checked while they are made."""
 
+import math
 import re
 
 import pytest
@@ -15,7 +16,7 @@ def run() -> ExampleRun:
 
 
 def test_the_model_has_learned_something(run: ExampleRun) -> None:
-    assert run.record.val[-1]["loss"] < 0.8 * run.record.val[0]["loss"]
+    assert run.record.val[-1]["loss"] < 0.7 * math.log(run.config.model.vocab_size)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -23,7 +24,7 @@ def test_an_example_fills_its_place_with_numbers(name: str, run: ExampleRun) -> 
     page = f"before\n\n<!-- example: {name} -->\nwill stand here\n<!-- end of example -->\n\nafter\n"
     filled = fill_examples(page)
     assert "will stand here" not in filled
-    assert re.search(r"\d\.\d|\d,\d{3}|<img", filled) or name == "windows"
+    assert re.search(r"^\|.*\|$|<img", filled, re.MULTILINE)
     assert filled.startswith("before\n")
     assert filled.endswith("after\n")
     assert "nan" not in re.sub(r"data:[^\"]*", "", filled)

@@ -42,8 +42,8 @@ def loss(run: ExampleRun) -> str:
         f"{table(('has read', 'what comes', 'probability p that it gave', '−ln p'), rows)}\n\n"
         f"The loss is the mean of the last column, **{mean:.3f}** nats per token. Its perplexity is "
         f"e^{mean:.3f} = **{perplexity(mean):.1f}**: as unsure as among so many equally likely tokens. The three "
-        f"tokens are {num_bytes} bytes of text, so this is {mean:.3f} / ln 2 · 3 / {num_bytes} = **{bits:.3f}** bits per "
-        "byte."
+        f"tokens are {num_bytes} bytes of text, so this is {mean:.3f} / ln 2 · 3 / {num_bytes} = **{bits:.3f}** bits "
+        "per byte."
     )
 
 

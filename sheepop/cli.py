@@ -289,6 +289,9 @@ def verify_resume(
 def evaluate(
     checkpoint: Checkpoint,
     data: Data = None,
+    context: Annotated[
+        int | None, typer.Option(help="tokens of a window (default: as in training, or all that the model sees)")
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(help="score with overlapping windows this far apart (default: no overlap)")
     ] = None,
@@ -301,7 +304,12 @@ def evaluate(
     from sheepop.models.pretrained import resolve_checkpoint
 
     result = evaluate_checkpoint(
-        resolve_checkpoint(checkpoint), data, device=device or "auto", stride=stride, batch_size=batch_size
+        resolve_checkpoint(checkpoint),
+        data,
+        device=device or "auto",
+        context=context,
+        stride=stride,
+        batch_size=batch_size,
     )
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
@@ -339,6 +347,9 @@ def generate(
         str | None,
         typer.Option(help="guess tokens ahead and check them: lookup, or the checkpoint of a small model (PATH)"),
     ] = None,
+    json_schema: Annotated[Path | None, typer.Option(help="file of a JSON schema that the output follows")] = None,
+    regex: Annotated[str | None, typer.Option(help="regular expression that the whole output follows")] = None,
+    grammar: Annotated[Path | None, typer.Option(help="file of a Lark grammar that the output follows")] = None,
     batch_size: Annotated[int, typer.Option(help="completions of --prompts that are written at the same time")] = 16,
     benchmark: Annotated[
         bool,
@@ -352,7 +363,7 @@ def generate(
 ) -> None:
     """Let a model continue a text, or every text of a file (which goes on where it was interrupted)."""
     from sheepop.generation.sampling import SamplingSettings
-    from sheepop.generation.terminal import check_combination, generate_from_file, generate_text
+    from sheepop.generation.terminal import check_combination, generate_from_file, generate_text, read_grammar
 
     if benchmark:
         compare_generation(checkpoint, output or Path("generation_benchmark"), max_new_tokens, quantize, device)
@@ -360,7 +371,10 @@ def generate(
     settings = SamplingSettings(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
-    check_combination(prompt=prompt, prompts=prompts, output=output, optimized=optimized, speculate=speculate)
+    followed = read_grammar(json_schema, regex, grammar)
+    check_combination(
+        prompt=prompt, prompts=prompts, output=output, optimized=optimized, speculate=speculate, grammar=followed
+    )
     common: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "seed": seed,
@@ -368,6 +382,7 @@ def generate(
         "stop": stop or [],
         "quantization": quantize,
         "speculate": speculate,
+        "grammar": followed,
         "device": device or "auto",
         "as_json": as_json,
     }

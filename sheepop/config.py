@@ -71,10 +71,13 @@ class ModelConfig(Section):
         0, description="numbers of each head that rotary positions turn, the first ones; 0: all of head_dim"
     )
     rope_theta: float = Field(10000.0, gt=1, description="base of the rotary wavelengths")
-    rope_scaling: Literal["none", "linear", "ntk", "yarn"] = Field(
+    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = Field(
         "none", description="how rotary positions are stretched to contexts longer than trained"
     )
     rope_scaling_factor: float = Field(1.0, ge=1, description="how many times longer than the trained context")
+    rope_trained_len: Annotated[int, Field(ge=0)] = Field(
+        0, description="the context before it was stretched by yarn or llama3; 0: max_seq_len / rope_scaling_factor"
+    )
     parallel_residual: bool = Field(
         False, description="attention and feed-forward read the same stream and are added together, as in GPT-NeoX"
     )
@@ -110,7 +113,7 @@ class ModelConfig(Section):
     @property
     def trained_seq_len(self) -> float:
         """The context that rotary positions were made for, before `rope_scaling` stretched it."""
-        return self.max_seq_len / self.rope_scaling_factor
+        return self.rope_trained_len or self.max_seq_len / self.rope_scaling_factor
 
     @model_validator(mode="after")
     def _derive_and_check(self) -> "ModelConfig":
@@ -142,6 +145,11 @@ class ModelConfig(Section):
             raise ValueError(f"sinusoidal positions need an even d_model, not {self.d_model}")
         if self.rope_scaling != "none" and self.positions != "rotary":
             raise ValueError(f"rope_scaling '{self.rope_scaling}' needs positions 'rotary', not '{self.positions}'")
+        if self.rope_trained_len and self.rope_scaling not in ("yarn", "llama3"):
+            raise ValueError(
+                f"rope_trained_len ({self.rope_trained_len}) is for rope_scaling 'yarn' or 'llama3', "
+                f"not '{self.rope_scaling}'"
+            )
         if (self.rope_scaling == "none") != (self.rope_scaling_factor == 1.0):
             raise ValueError(
                 f"rope_scaling '{self.rope_scaling}' does not go with rope_scaling_factor "

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,11 @@ def test_a_checkpoint_that_cannot_be_resumed(place, refused):
         (["--prompts", "hill.txt", "--output", "out.jsonl", "--prompt", "the"], ["--prompt", "leave out"]),
         (["--prompts", "hill.txt", "--output", "out.jsonl", "--no-optimized"], ["--no-optimized", "leave out"]),
         (["--speculate", "lookup", "--no-optimized"], ["--speculate", "--no-optimized"]),
+        (["--regex", "a", "--no-optimized"], ["grammar", "--no-optimized"]),
+        (["--regex", "a", "--json-schema", "hill.txt"], ["--json-schema", "--regex", "give one"]),
+        (["--grammar", "nowhere.lark"], ["lark nowhere.lark", "No such file"]),
+        (["--json-schema", "hill.txt"], ["json schema cannot be used"]),
+        (["--regex", "a("], ["regex cannot be used"]),
     ],
 )
 def test_options_of_generate_that_make_no_sense(refused, arguments, says):
@@ -323,6 +329,18 @@ def test_generate_prints_the_text_alone_to_standard_output(place, sheepop):
     expected = json.loads(sheepop("generate", "--checkpoint", "run", *arguments, "--json")[1])
     code, out, _ = sheepop("generate", "--checkpoint", "run/checkpoint_step_3.pt", *arguments)
     assert (code, out) == (0, "the sheep" + expected["completions"][0]["text"] + "\n")
+
+
+def test_what_is_written_follows_an_expression_or_a_schema(place, sheepop):
+    pytest.importorskip("llguidance")
+    arguments = ["generate", "--checkpoint", "run", "--prompt", "the sheep", "--num-samples", "3", "--json"]
+    code, out, _ = sheepop(*arguments, "--regex", "[a-d]{2,4}")
+    assert code == 0
+    texts = [completion["text"] for completion in json.loads(out)["completions"]]
+    assert all(re.fullmatch("[a-d]{2,4}", text) for text in texts)
+    (place / "schema.json").write_text('{"enum": ["wool", "hay"]}', encoding="utf-8")
+    code, out, _ = sheepop(*arguments, "--json-schema", "schema.json")
+    assert {completion["text"] for completion in json.loads(out)["completions"]} <= {'"wool"', '"hay"'}
 
 
 @pytest.mark.parametrize("speculate", ["lookup", "run"])

@@ -154,6 +154,7 @@ def evaluate_checkpoint(
     data: Path | None = None,
     *,
     device: str = "auto",
+    context: int | None = None,
     stride: int | None = None,
     batch_size: int = 16,
     split: str = "val",
@@ -165,7 +166,8 @@ def evaluate_checkpoint(
         data: a prepared folder, whose `split` is scored; or text files or a folder of them, scored whole; None is
             the prepared corpus that the checkpoint was trained on.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        stride: as in `evaluate_tokens`, over windows as long as in training.
+        context: tokens of a window; None: as many as in training (of a foreign model: as many as it sees).
+        stride: as in `evaluate_tokens`.
         batch_size: windows of one forward pass.
         split: of a prepared folder.
 
@@ -175,7 +177,7 @@ def evaluate_checkpoint(
 
     Raises:
         CheckpointError: the checkpoint is damaged, or its tokenizer is not the corpus's.
-        ConfigError: no data to score, or a stride that does not fit.
+        ConfigError: no data to score, or a context or stride that does not fit.
         DataError: the data cannot be read.
     """
     folder = resolve_checkpoint(checkpoint)
@@ -183,7 +185,7 @@ def evaluate_checkpoint(
     tokenizer = load_model_tokenizer(folder, settings.model.vocab_size)
     text = _open_text(data, split, tokenizer, settings.data, folder)
     model = load_pretrained(folder, resolve_device(device))
-    context = settings.data.max_length
+    context = settings.data.max_length if context is None else context
     scores = evaluate_tokens(
         model,
         text.tokens,

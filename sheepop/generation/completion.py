@@ -9,7 +9,7 @@ from sheepop.data.tokenizer import StreamDecoder, Tokenizer
 from sheepop.generation.batching import Engine, generate_batched
 from sheepop.generation.engine import Decode, generate_cached
 from sheepop.generation.generate import FinishReason, generate_naive
-from sheepop.generation.request import Request
+from sheepop.generation.request import Constraint, Request
 from sheepop.generation.runner import runner_for
 from sheepop.generation.sampling import SamplingSettings
 from sheepop.generation.speculation import Speculator
@@ -61,6 +61,7 @@ def complete(
     optimized: bool = True,
     decode: Decode | None = None,
     speculator: Speculator | None = None,
+    constrain: Callable[[], Constraint] | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Let the model continue a text, as if the text began a document.
@@ -77,6 +78,7 @@ def complete(
         optimized: with a KV cache, or naively; the tokens are the same.
         decode: computes single tokens in the model's place, if optimized (`decoder_for`).
         speculator: guesses tokens ahead, for what is optimized.
+        constrain: makes what each sample has to follow, for what is optimized (`grammar.py`).
         on_text: called with the pieces of sample 0's text as they come; whole characters only, and never the
             beginning of a stop string. Together they are the sample's text.
 
@@ -99,10 +101,10 @@ def complete(
         return transcripts[sample].add(token_id)
 
     prompt_ids, end = [*tokenizer.start_ids, *tokenizer.encode(prompt)], tokenizer.end_of_text_id
-    if optimized and speculator is not None:
+    if optimized and (speculator is not None or constrain is not None):
         rows = max(num_samples, 1)
         engine = Engine(model, max_batch_size=rows, runner=runner_for(model), speculator=speculator)
-        request = Request(prompt_ids, settings, max_new_tokens, seed, num_samples, end)
+        request = Request(prompt_ids, settings, max_new_tokens, seed, num_samples, end, constrain=constrain)
         continuations = generate_batched(engine, request, on_token)
     else:
         continuations = (partial(generate_cached, decode=decode) if optimized else generate_naive)(

@@ -2,15 +2,16 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.generation.batching import Engine
 from sheepop.generation.completion import Completion, Transcript
 from sheepop.generation.generate import FinishReason
+from sheepop.generation.grammar import constraint_of
 from sheepop.generation.prompt_file import Prompt, count_finished
-from sheepop.generation.request import Request
+from sheepop.generation.request import Constraint, Request
 from sheepop.generation.runner import runner_for
 from sheepop.generation.speculation import Speculator
 from sheepop.models.transformer import TransformerModel
@@ -61,12 +62,13 @@ def complete_file(
         ) from None
     if finished:
         log(f"{output} has {finished} of {len(prompts)} completions; going on with the next.")
+    constrain = constraint_of(prompts[0].options.grammar, model, tokenizer)
     progress, size = Progress(len(prompts), finished), GROUP * batch_size
     with file:
         for begin in range(finished // size * size, len(prompts), size):
             group = prompts[begin : begin + size]
             engine.forget()
-            for number, completions in enumerate(complete_together(engine, tokenizer, group), start=begin):
+            for number, completions in enumerate(complete_together(engine, tokenizer, group, constrain), start=begin):
                 if number >= finished:
                     file.write(group[number - begin].with_result(completions))
                     file.flush()
@@ -76,7 +78,12 @@ def complete_file(
     return progress.tokens
 
 
-def complete_together(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Iterator[list[Completion]]:
+def complete_together(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    constrain: Callable[[], Constraint] | None = None,
+) -> Iterator[list[Completion]]:
     """Yield the completions of each prompt in order, computed side by side by an engine without other work."""
     transcripts: list[list[Transcript]] = []
     token_ids: list[list[list[int]]] = []
@@ -84,8 +91,15 @@ def complete_together(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Pr
     number_of: dict[int, int] = {}
     for number, prompt in enumerate(prompts):
         options, end = prompt.options, tokenizer.end_of_text_id
-        ids = [end, *tokenizer.encode(prompt.text)]
-        request = Request(ids, options.sampling, options.max_new_tokens, options.seed, options.num_samples, end)
+        request = Request(
+            [*tokenizer.start_ids, *tokenizer.encode(prompt.text)],
+            options.sampling,
+            options.max_new_tokens,
+            options.seed,
+            options.num_samples,
+            end,
+            constrain=constrain,
+        )
         number_of[engine.add(request)] = number
         transcripts.append([Transcript(tokenizer, options.stop, None) for _ in range(options.num_samples)])
         token_ids.append([[] for _ in range(options.num_samples)])

@@ -4,7 +4,9 @@ The library walks the grammar over the bytes of the vocabulary's tokens and says
 not gets no probability, and the model chooses among the rest.
 """
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.generation.request import Constraint
+from sheepop.models.transformer import TransformerModel
 from sheepop.utils.errors import ConfigError
 from sheepop.utils.logging import warn
 
@@ -23,6 +26,19 @@ GrammarKind = Literal["json_schema", "regex", "lark"]
 
 # JSON as `json.dumps` writes it. With any white space allowed, a small model likes to write nothing else.
 JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an output has to follow.
+
+    Attributes:
+        kind: "json_schema", "regex" (of the whole output), or "lark".
+        text: the schema as JSON, the expression, or the grammar.
+    """
+
+    kind: GrammarKind
+    text: str
 
 
 class GrammarCompiler:
@@ -77,8 +93,19 @@ class GrammarCompiler:
         except ValueError as error:  # not even JSON
             problem = str(error)
         if problem and not problem.startswith("WARNING"):
-            raise ConfigError(f"The {kind.replace('_', ' ')} cannot be used: {problem.strip()}")
+            # Without the lines that repeat the text and point into it.
+            said = re.sub(r"^( *\d+ \|.*|\s*\^)$", "", problem, flags=re.MULTILINE)
+            raise ConfigError(f"The {kind.replace('_', ' ')} cannot be used: {' '.join(said.split())}.")
         return lambda: GrammarConstraint(self._library.LLMatcher(self._tokenizer, grammar), self._vocab_size)
+
+
+def constraint_of(
+    grammar: Grammar | None, model: TransformerModel, tokenizer: Tokenizer
+) -> Callable[[], Constraint] | None:
+    """Return what makes the constraint of each sample, None where the output is free; errors as of the compiler."""
+    if grammar is None:
+        return None
+    return GrammarCompiler(tokenizer, model.config.vocab_size).compile(grammar.kind, grammar.text)
 
 
 class GrammarConstraint:

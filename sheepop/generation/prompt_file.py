@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from sheepop.data.records import is_unicode
 from sheepop.generation.completion import Completion
+from sheepop.generation.grammar import Grammar
 from sheepop.generation.sampling import SamplingSettings
 from sheepop.utils.errors import ConfigError, DataError
 from sheepop.utils.files import to_json
@@ -24,6 +25,7 @@ class PromptOptions:
 
     Attributes:
         stop: strings that end a sample.
+        grammar: what each completion has to follow, the same for all lines.
     """
 
     sampling: SamplingSettings
@@ -31,10 +33,11 @@ class PromptOptions:
     seed: int
     num_samples: int = 1
     stop: tuple[str, ...] = ()
+    grammar: Grammar | None = None
 
     def as_json(self) -> dict[str, object]:
         """Return all of it under the names that lines use."""
-        values = {key: value for key, value in asdict(self).items() if key != "sampling"}
+        values = {key: value for key, value in asdict(self).items() if key != "sampling" and value is not None}
         return asdict(self.sampling) | values | {"stop": list(self.stop)}
 
 
@@ -154,7 +157,9 @@ def _belongs(record: object, prompt: Prompt) -> bool:
 def _options(record: Mapping[str, Any], defaults: PromptOptions) -> PromptOptions:
     """Return what a line says for itself, and the defaults for the rest."""
     sampling: dict[str, Any] = {name: _number(record, name) for name in SAMPLING_OPTIONS if name in record}
-    counts = {name: _integer(record, name) for name in ("max_new_tokens", "seed", "num_samples") if name in record}
+    counts: dict[str, Any] = {
+        name: _integer(record, name) for name in ("max_new_tokens", "seed", "num_samples") if name in record
+    }
     if "top_k" in sampling:
         sampling["top_k"] = _integer(record, "top_k")
     stop = record.get("stop", defaults.stop)

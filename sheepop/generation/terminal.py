@@ -11,6 +11,7 @@ from sheepop.generation.completion import Generation, complete
 from sheepop.generation.draft_model import DraftModel
 from sheepop.generation.engine import decoder_for
 from sheepop.generation.file_completion import complete_file
+from sheepop.generation.grammar import Grammar, GrammarKind, constraint_of
 from sheepop.generation.prompt_file import PromptOptions, read_prompts
 from sheepop.generation.sampling import SamplingSettings
 from sheepop.generation.speculation import LookUp, Speculator
@@ -25,7 +26,13 @@ from sheepop.utils.logging import log
 
 
 def check_combination(
-    *, prompt: str | None, prompts: Path | None, output: Path | None, optimized: bool, speculate: str | None
+    *,
+    prompt: str | None,
+    prompts: Path | None,
+    output: Path | None,
+    optimized: bool,
+    speculate: str | None,
+    grammar: Grammar | None,
 ) -> None:
     """Check options of `generate` that do not all go together.
 
@@ -34,6 +41,8 @@ def check_combination(
     """
     if speculate is not None and not optimized:
         raise ConfigError("--speculate guesses for the generation with a cache; leave out --no-optimized.")
+    if grammar is not None and not optimized:
+        raise ConfigError("A grammar needs the generation with a cache; leave out --no-optimized.")
     if (prompts is None) != (output is None):
         raise ConfigError(
             "--prompts FILE and --output FILE go together: the prompts, and the file that the completions are written "
@@ -43,6 +52,28 @@ def check_combination(
         raise ConfigError("--prompts does not go with --prompt or --no-optimized; leave out one of them.")
     if prompts is not None and output is not None and output.exists() and output.samefile(prompts):
         raise ConfigError(f"--prompts and --output are the same file, {output}. Name another --output.")
+
+
+def read_grammar(json_schema: Path | None, regex: str | None, lark: Path | None) -> Grammar | None:
+    """Return what the output has to follow, of which at most one is given.
+
+    Raises:
+        ConfigError: two are given, or a file cannot be read.
+    """
+    given: dict[GrammarKind, Path | str | None] = {"json_schema": json_schema, "regex": regex, "lark": lark}
+    grammars = [(kind, source) for kind, source in given.items() if source is not None]
+    if not grammars:
+        return None
+    if len(grammars) > 1:
+        raise ConfigError("--json-schema, --regex and --grammar each say all that the output may be; give one of them.")
+    ((kind, source),) = grammars
+    if isinstance(source, str):
+        return Grammar(kind, source)
+    try:
+        return Grammar(kind, source.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"The {kind.replace('_', ' ')} {source} cannot be read: {why}.") from None
 
 
 def generate_text(
@@ -57,6 +88,7 @@ def generate_text(
     optimized: bool,
     quantization: Quantization | None,
     speculate: str | None,
+    grammar: Grammar | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -67,6 +99,7 @@ def generate_text(
     """
     settings.validate()
     model, tokenizer = load_model_and_tokenizer(checkpoint, device, quantization)
+    constrain = constraint_of(grammar, model, tokenizer)
     streams = num_samples == 1 and not as_json
     if streams:
         _show(prompt)
@@ -80,8 +113,9 @@ def generate_text(
         num_samples=num_samples,
         stop=stop,
         optimized=optimized,
-        decode=decoder_for(model) if optimized and speculate is None else None,
+        decode=decoder_for(model) if optimized and speculate is None and constrain is None else None,
         speculator=load_speculator(speculate, model, tokenizer, max_batch_size=max(num_samples, 1)),
+        constrain=constrain,
         on_text=_show if streams else None,
     )
     if as_json:
@@ -107,6 +141,7 @@ def generate_from_file(
     batch_size: int,
     quantization: Quantization | None,
     speculate: str | None,
+    grammar: Grammar | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -116,7 +151,7 @@ def generate_from_file(
         SheepopError: an option is out of range, a line of the prompts cannot be used, or the checkpoint cannot.
     """
     settings.validate()
-    lines = read_prompts(prompts, PromptOptions(settings, max_new_tokens, seed, num_samples, tuple(stop)))
+    lines = read_prompts(prompts, PromptOptions(settings, max_new_tokens, seed, num_samples, tuple(stop), grammar))
     model, tokenizer = load_model_and_tokenizer(checkpoint, device, quantization)
     began = time.perf_counter()
     tokens = complete_file(

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from sheepop.config import ModelConfig
 from sheepop.data.tokenizer import Tokenizer, load_model_tokenizer
-from sheepop.interop.gguf_architectures import IMPORTED, as_architecture, fields_for, moves_of, settings_from
+from sheepop.interop.gguf_architectures import (
+    IMPORTED,
+    ROPE_DIVISORS,
+    as_architecture,
+    fields_for,
+    moves_of,
+    rope_divisors,
+    settings_from,
+)
 from sheepop.interop.gguf_file import GgufFile, gguf_library
 from sheepop.interop.gguf_tokenizer import read_tokenizer, tokenizer_fields
 from sheepop.interop.imported import checked_settings, write_imported
@@ -84,7 +92,10 @@ def read_model(file: GgufFile, source: str) -> tuple[ModelConfig, dict[str, Tens
         )
     settings = checked_settings(lambda: settings_from(architecture, file), file.num_stored, source)
     moves = moves_of(architecture, settings)
-    strange = sorted(file.keys() - {name for move in moves for name in move.theirs})
+    known_names = {name for move in moves for name in move.theirs}
+    if architecture.has_rope_divisors:
+        known_names.add(ROPE_DIVISORS)
+    strange = sorted(file.keys() - known_names)
     if strange:
         raise CheckpointError(
             f"{source} has weights for which sheepop has no place: {', '.join(strange[:5])}"
@@ -122,6 +133,8 @@ def export_gguf(checkpoint: Path, output: Path, *, encoding: str = "f32") -> Non
         **tokenizer_fields(tokenizer, settings.vocab_size),
     }
     moved = weights_for(moves_of(architecture, settings), weights, settings)
+    if settings.rope_scaling == "llama3":
+        moved[ROPE_DIVISORS] = rope_divisors(settings).float()
     with atomic_file(output) as temporary:
         write_gguf(temporary, architecture.name, fields, moved, encoding)
         prove(temporary, model, tokenizer, encoding)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sheepop.config import ModelConfig
@@ -17,6 +18,7 @@ from sheepop.interop.gguf_file import GgufFile
 from sheepop.interop.huggingface import with_learned_positions
 from sheepop.interop.moves import Move, linear, parted, reordered, same
 from sheepop.interop.stock_classes import (
+    MADE_FOR_A_LENGTH,
     gpt2_misfits,
     kind_for,
     llama_misfits,
@@ -29,6 +31,7 @@ from sheepop.interop.stock_classes import (
     rope_from,
     whole,
 )
+from sheepop.models.positions import rotary_frequencies
 from sheepop.utils.errors import CheckpointError
 
 
@@ -43,6 +46,7 @@ class Architecture:
         turns_halves: whether rotary positions turn numbers i and i + R/2 together, not neighbours.
         is_fused: whether queries, keys and values are one matrix.
         has_head: whether a tied head is written too.
+        has_rope_divisors: whether its files say by what each rotary frequency is divided, for Llama 3's scaling.
     """
 
     name: str
@@ -51,33 +55,38 @@ class Architecture:
     turns_halves: bool = True
     is_fused: bool = False
     has_head: bool = False
+    has_rope_divisors: bool = False
 
 
 def and_only(
     misfits: Callable[[ModelConfig], dict[str, str]], **allowed: tuple[object, ...]
 ) -> Callable[[ModelConfig], dict[str, str]]:
     """Return the misfits of a stock class and those of further settings."""
-    return lambda model: misfits(model) | only(model, **allowed) | uneven_yarn(model)
+    return lambda model: misfits(model) | only(model, **allowed) | uneven_length(model)
 
 
-def uneven_yarn(model: ModelConfig) -> dict[str, str]:
-    """Return what is said where the trained context of YaRN is not a whole number of tokens, as a file must have it."""
-    if model.rope_scaling != "yarn" or model.trained_seq_len.is_integer():
+def uneven_length(model: ModelConfig) -> dict[str, str]:
+    """Return what is said where a trained context is not a whole number of tokens, as a file must have it."""
+    if model.rope_scaling not in MADE_FOR_A_LENGTH or float(model.trained_seq_len).is_integer():
         return {}
     return {"model.rope_scaling_factor": f"{model.rope_scaling_factor:g}, no divisor of max_seq_len"}
 
 
+ROPE_DIVISORS = "rope_freqs.weight"
 RMS = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rotary", "qk_norm": False}
 LAYER = {"norm": "layernorm", "activation": "gelu_tanh", "positions": "rotary", "qk_norm": False}
 GATED = {"activation": ("swiglu",), "sliding_window": (0,)}
-PLAIN = {"activation": ("gelu_tanh",)}
+NOT_AS_LLAMA3 = {
+    "rope_scaling": ("none", "linear", "ntk", "yarn")
+}  # whose factors llama.cpp reads for its `llama` alone
+PLAIN = {"activation": ("gelu_tanh",)} | NOT_AS_LLAMA3
 ARCHITECTURES = (
     Architecture(
         "gpt2", and_only(gpt2_misfits, **PLAIN), LAYER | {"positions": "learned"}, turns_halves=False, is_fused=True
     ),
     Architecture("gptneox", and_only(neox_misfits, **PLAIN), LAYER, is_fused=True, has_head=True),
-    Architecture("llama", and_only(llama_misfits, **GATED), RMS, turns_halves=False),
-    Architecture("qwen3", and_only(qwen3_misfits, **GATED), RMS | {"qk_norm": True}),
+    Architecture("llama", and_only(llama_misfits, **GATED), RMS, turns_halves=False, has_rope_divisors=True),
+    Architecture("qwen3", and_only(qwen3_misfits, **GATED, **NOT_AS_LLAMA3), RMS | {"qk_norm": True}),
 )
 IMPORTED = (*ARCHITECTURES, Architecture("qwen2", ARCHITECTURES[2].misfits, RMS))
 # What a file may say of its architecture without that we would miss something.
@@ -147,7 +156,41 @@ def settings_from(architecture: Architecture, file: GgufFile) -> dict[str, Any]:
     if settings["positions"] == "rotary":
         turned = number(fields, "rope.dimension_count", head_dim)
         settings |= rope_of(fields) | {"rotary_dim": turned if turned != head_dim else 0}
+        if architecture.has_rope_divisors and ROPE_DIVISORS in file:
+            trained = fields.get("rope.scaling.original_context_length")
+            settings |= llama3_scaling(file[ROPE_DIVISORS].double(), settings, trained)
     return settings
+
+
+def rope_divisors(model: ModelConfig) -> Tensor:
+    """Return by what each pair's frequency is divided to stretch the context, (R/2,) in float64."""
+    plain, _ = rotary_frequencies(model.model_copy(update={"rope_scaling": "none"}))
+    return plain / rotary_frequencies(model)[0]
+
+
+def llama3_scaling(divisors: Tensor, settings: Mapping[str, Any], trained: int | None) -> dict[str, Any]:
+    """Return our settings of the scaling that divides frequencies so.
+
+    A file says by what each frequency is divided, but usually not for which trained context that was worked out. It is
+    a power of two in all models that there are.
+
+    Raises:
+        CheckpointError: no scaling of Llama 3's kind divides so.
+    """
+    for length in [trained] if trained else [2**power for power in range(7, 21)]:
+        found: dict[str, Any] = {
+            "rope_scaling": "llama3",
+            "rope_scaling_factor": round(float(divisors.max()), 4),
+            "rope_trained_len": length,
+        }
+        if found["rope_scaling_factor"] > 1:
+            expected = rope_divisors(ModelConfig(**{**settings, **found}))
+            if expected.shape == divisors.shape and torch.allclose(expected, divisors, rtol=1e-4):
+                return found
+    raise CheckpointError(
+        f"The model divides its rotary frequencies by its own factors ({ROPE_DIVISORS}), which are not those of "
+        "Llama 3; sheepop cannot express them."
+    )
 
 
 def rope_of(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,8 +274,8 @@ def fields_for(architecture: Architecture, model: ModelConfig) -> dict[str, Any]
     if model.positions == "rotary":
         rope = rope_for(model)["rope_parameters"]
         fields |= {"rope.dimension_count": model.turned_dim, "rope.freq_base": rope["rope_theta"]}
-        if rope["rope_type"] != "default":
+        if rope["rope_type"] in ("linear", "yarn"):
             fields |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
-        if rope["rope_type"] == "yarn":
+        if rope["rope_type"] in MADE_FOR_A_LENGTH:
             fields["rope.scaling.original_context_length"] = whole(model.trained_seq_len)
     return {f"{architecture.name}.{key}": value for key, value in fields.items()}

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from sheepop.config import ModelConfig
 from sheepop.interop.moves import Move, interleaved, linear, parted, reordered, same, transposed
+from sheepop.models.positions import LLAMA3_FAST_TURNS, LLAMA3_SLOW_TURNS
 from sheepop.utils.errors import CheckpointError
 
 Settings = dict[str, Any]
@@ -105,6 +106,13 @@ def activation_from(name: object, known: Mapping[str, str]) -> str:
 
 # Rotary positions.
 
+MADE_FOR_A_LENGTH = ("yarn", "llama3")
+# What we have no settings for, and what it has to be, or is where it is not said.
+FIXED: dict[str, Settings] = {
+    "yarn": {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "truncate": True},
+    "llama3": {"low_freq_factor": LLAMA3_SLOW_TURNS, "high_freq_factor": LLAMA3_FAST_TURNS},
+}
+
 
 def rope_for(model: ModelConfig) -> Settings:
     """Return the rotary settings of `transformers` 5, and where they are simple those of 4."""
@@ -114,8 +122,10 @@ def rope_for(model: ModelConfig) -> Settings:
         theta *= model.rope_scaling_factor ** (model.turned_dim / max(model.turned_dim - 2, 1))
     elif model.rope_scaling != "none":
         scaling = {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
-        if model.rope_scaling == "yarn":
+        if model.rope_scaling in MADE_FOR_A_LENGTH:
             scaling["original_max_position_embeddings"] = whole(model.trained_seq_len)
+        if model.rope_scaling == "llama3":
+            scaling |= {"low_freq_factor": LLAMA3_SLOW_TURNS, "high_freq_factor": LLAMA3_FAST_TURNS}
     share = {} if not model.rotary_dim else {"partial_rotary_factor": model.turned_dim / model.head_dim}
     parameters = {**scaling, "rope_theta": theta, **share}
     old = {} if scaling["rope_type"] == "default" else {"rope_scaling": parameters}
@@ -138,22 +148,20 @@ def rope_from(theirs: Mapping[str, Any], *, theta: object = 10000.0, share: obje
     share = scaling.get("partial_rotary_factor", theirs.get("partial_rotary_factor", share))
     if share is not None and float(str(share)) < 1:
         settings["rotary_dim"] = int(head_dim_of(theirs) * float(str(share)))
-    if kind in ("linear", "yarn"):
-        if kind == "yarn":
-            for key, usual in (("beta_fast", 32), ("beta_slow", 1), ("attention_factor", None), ("truncate", True)):
-                need(scaling, key, usual, None)
+    if kind in ("linear", *MADE_FOR_A_LENGTH):
+        for key, usual in FIXED.get(kind, {}).items():
+            need(scaling, key, usual, None)
         factor = float(number(scaling, "factor"))
         settings |= {"rope_scaling": kind, "rope_scaling_factor": factor}
         trained, length = scaling.get("original_max_position_embeddings"), number(theirs, "max_position_embeddings")
         if trained == length:  # some give the trained context, some the scaled one
             settings["max_seq_len"] = round(factor * trained)
-        elif kind == "yarn" and trained is not None and not math.isclose(trained * factor, length):
-            raise CheckpointError(
-                f"The model's context of {length} tokens is not {factor:g} times the {trained} that it was trained "
-                "with, which sheepop cannot express."
-            )
+        elif kind in MADE_FOR_A_LENGTH and trained is not None and not math.isclose(trained * factor, length):
+            settings["rope_trained_len"] = trained
     elif kind != "default":
-        raise CheckpointError(f"The model's rotary positions are scaled by '{kind}'; known are linear and yarn.")
+        raise CheckpointError(
+            f"The model's rotary positions are scaled by '{kind}'; known are linear, yarn and llama3."
+        )
     return settings
 
 

@@ -1,6 +1,17 @@
 """All formulas by name: the one place from which the docs, the pages and the notebooks take them."""
 
-from sheepop.learn.chapters import attention, block, embedding, feed_forward, loss, normalization
+from sheepop.learn.chapters import (
+    attention,
+    block,
+    costs,
+    embedding,
+    feed_forward,
+    generation,
+    loss,
+    normalization,
+    optimization,
+    schedules,
+)
 from sheepop.learn.formula import Formula
 from sheepop.utils.errors import ConfigError, did_you_mean
 
@@ -11,6 +22,10 @@ CHAPTERS: dict[str, tuple[Formula, ...]] = {
     "normalization": normalization.FORMULAS,
     "block": block.FORMULAS,
     "loss": loss.FORMULAS,
+    "generation": generation.FORMULAS,
+    "optimization": optimization.FORMULAS,
+    "schedules": schedules.FORMULAS,
+    "costs": costs.FORMULAS,
 }
 FORMULAS = {formula.name: formula for formulas in CHAPTERS.values() for formula in formulas}
 

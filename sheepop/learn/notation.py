@@ -111,6 +111,12 @@ class Printer(LatexPrinter):  # type: ignore[misc]
             terms.append(terms.pop(0))
         return str(super()._print_Add(plus(*terms)))
 
+    def _print_ExpBase(self, expr: Any, exp: Any = None) -> str:  # noqa: N802
+        above, below = expr.exp.as_numer_denom()
+        if exp is not None or below == 1:
+            return str(super()._print_ExpBase(expr, exp))
+        return rf"e^{{{self._print(above)} / {self._print(below)}}}"
+
     def _print_Sum(self, expr: Any) -> str:  # noqa: N802
         # The sums within each other, as they were written.
         signs = [

@@ -41,7 +41,7 @@ def random_run(random: np.random.Generator, **settings: Any) -> Trace:
 def sample_run(
     meanings: Mapping[str, Meaning], left: str, **settings: Any
 ) -> Callable[[np.random.Generator], tuple[dict[str, Value], NDArray[np.float64]]]:
-    """Return what draws the values of symbols from a run of a random model with these settings; `left` is the result."""
+    """Return what draws the values of symbols from a run of a random model of these settings; `left` is its result."""
 
     def sample(random: np.random.Generator) -> tuple[dict[str, Value], NDArray[np.float64]]:
         seen = random_run(random, **settings)

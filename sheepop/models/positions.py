@@ -15,6 +15,9 @@ from sheepop.config import ModelConfig
 # are interpolated in full, those that turn more than FAST times are left alone (Peng et al. 2023, section 3.4).
 YARN_SLOW_TURNS = 1.0
 YARN_FAST_TURNS = 32.0
+# The same of Llama 3.1, whose ramp runs along the turns and not along the pairs.
+LLAMA3_SLOW_TURNS = 1.0
+LLAMA3_FAST_TURNS = 4.0
 
 
 def sinusoidal_table(length: int, d_model: int) -> Tensor:
@@ -37,7 +40,8 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     - ntk (bloc97 2023): theta grown to theta * s^(R/(R-2)), so that the slowest pair is divided by s and the
       fastest hardly changes;
     - yarn (Peng et al. 2023): slow pairs divided by s, fast ones left, a ramp between, and attention
-      sharpened by 0.1 ln s + 1 on queries and keys each.
+      sharpened by 0.1 ln s + 1 on queries and keys each;
+    - llama3 (Grattafiori et al. 2024, and the models' own configuration): as yarn with another ramp, and no sharpening.
     """
     width, scale = config.turned_dim, config.rope_scaling_factor
     theta = config.rope_theta
@@ -57,6 +61,10 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
         pairs = torch.arange(width // 2, dtype=torch.float64)
         ramp = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)  # 0: keep, 1: interpolate
         return frequencies * (1 - ramp) + frequencies / scale * ramp, 0.1 * math.log(scale) + 1.0
+    if config.rope_scaling == "llama3":
+        turns = config.trained_seq_len * frequencies / (2 * math.pi)
+        kept = ((turns - LLAMA3_SLOW_TURNS) / (LLAMA3_FAST_TURNS - LLAMA3_SLOW_TURNS)).clamp(0, 1)
+        return frequencies * kept + frequencies / scale * (1 - kept), 1.0
     return frequencies, 1.0
 
 

@@ -226,6 +226,9 @@ def test_a_checkpoint_is_scored_on_its_own_validation_split(checkpoint: Path, co
     assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2) * result["tokens"] / val["bytes"])
     assert (result["context"], result["stride"], result["split"]) == (CONTEXT, CONTEXT, "val")
     assert evaluate_checkpoint(checkpoint, corpus) == result
+    shorter = evaluate_checkpoint(checkpoint, context=3)
+    assert (shorter["context"], shorter["stride"], shorter["tokens"]) == (3, 3, result["tokens"])
+    assert shorter["loss"] != result["loss"]
     assert evaluate_checkpoint(checkpoint, corpus, split="train")["tokens"] > result["tokens"]
 
 

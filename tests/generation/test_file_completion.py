@@ -1,10 +1,12 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from sheepop.config import Config, ModelConfig
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.generation.completion import complete
 from sheepop.generation.file_completion import GROUP, complete_file
+from sheepop.generation.grammar import Grammar
 from sheepop.generation.prompt_file import Prompt, PromptOptions, read_prompts
 from sheepop.generation.sampling import SamplingSettings
 from sheepop.generation.speculation import LookUp
@@ -163,3 +166,33 @@ def test_a_process_that_is_killed_twice_ends_with_the_same_file(
     assert process.communicate()[0].decode() == f"{output}\n"
     assert process.returncode == 0
     assert output.read_bytes() == undisturbed
+
+
+def test_a_text_begins_as_it_does_for_a_single_prompt(model: TransformerModel, tmp_path: Path) -> None:
+    """Others' tokenizers have a token of their own that begins a text, or none."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "ab", "seed": 5}\n')
+    for starts in ([3], []):
+        tokenizer = TOKENIZER.with_marks(starts, TOKENIZER.end_of_text_id)
+        assert tokenizer.start_ids == starts
+        output = tmp_path / f"{len(starts)}.jsonl"
+        complete_file(model, tokenizer, read_prompts(path, DEFAULTS), output, batch_size=1)
+        (found,) = json.loads(output.read_text())["completions"]
+        alone = complete(model, tokenizer, "ab", DEFAULTS.sampling, max_new_tokens=25, seed=5, stop=("ab",))
+        assert found["token_ids"] == alone.completions[0].token_ids
+
+
+def test_a_grammar_holds_for_all_lines_and_is_part_of_what_a_file_goes_on_with(
+    model: TransformerModel, prompts: tuple[Path, list[Prompt]], tmp_path: Path
+) -> None:
+    pytest.importorskip("llguidance")
+    output = tmp_path / "out.jsonl"
+    followed = read_prompts(prompts[0], replace(DEFAULTS, grammar=Grammar("regex", "a(b|c){2,5}")))
+    complete_file(model, TOKENIZER, followed, output, batch_size=BATCH_SIZE)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert records[0]["settings"]["grammar"] == {"kind": "regex", "text": "a(b|c){2,5}"}
+    texts = {each["text"] for record in records for each in record["completions"] if each["finish_reason"] == "stop"}
+    assert len(texts) > 3
+    assert all(re.fullmatch("a?|a[bc]{2,5}", text) for text in texts)  # the stop string "ab" cuts some to nothing
+    with pytest.raises(ConfigError, match=r"Line 1 of .* is not what these prompts and options lead to"):
+        complete_file(model, TOKENIZER, prompts[1], output, batch_size=BATCH_SIZE)

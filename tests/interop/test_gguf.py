@@ -65,6 +65,8 @@ EXPRESSIBLE = [
     ("llama", "modern", LLAMA | {"bias": True, "num_kv_heads": 1}),
     ("llama", "modern", LLAMA | {"head_dim": 14, "tie_weights": False, "rope_theta": 500.0}),
     ("llama", "modern", LLAMA | {"rope_scaling": "yarn", "rope_scaling_factor": 5.75}),
+    ("llama", "modern", LLAMA | {"rope_scaling": "yarn", "rope_scaling_factor": 4.0, "rope_trained_len": 7}),
+    ("llama", "modern", LLAMA | {"rope_scaling": "llama3", "rope_scaling_factor": 4.0, "rope_trained_len": 8}),
     ("llama", "modern", LLAMA | {"rope_scaling": "ntk", "rope_scaling_factor": 3.0}),
     ("qwen3", "modern", {}),
     ("qwen3", "modern", {"head_dim": 6, "num_kv_heads": 4, "tie_weights": False}),
@@ -106,6 +108,25 @@ def test_rounded_weights_stay_near(tmp_path, checkpoint, preset, settings, encod
     assert 0 < (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+def test_factors_of_llama_3_are_known_without_their_trained_context_and_others_are_refused(tmp_path, checkpoint):
+    folder = checkpoint(
+        "modern",
+        **LLAMA | {"rope_scaling": "llama3", "rope_scaling_factor": 8.0, "rope_trained_len": 128, "max_seq_len": 2048},
+    )
+    path = tmp_path / "model.gguf"
+    export_model(folder, path, file_format="gguf")
+    change(path, without=["llama.rope.scaling.original_context_length"])
+    import_model(path, tmp_path / "back", tokenizer=None)
+    config = load_pretrained(tmp_path / "back").config
+    assert (config.rope_scaling, config.rope_scaling_factor) == ("llama3", 8.0)
+    torch.testing.assert_close(own_logits(tmp_path / "back", ids()), own_logits(folder, ids()), rtol=1e-5, atol=1e-5)
+    divisors = GgufFile(path)["rope_freqs.weight"]
+    for others in (divisors + 0.1, divisors[:-1], torch.zeros_like(divisors), divisors * torch.nan):
+        change(path, tensors={"rope_freqs.weight": others})
+        with pytest.raises(CheckpointError, match="its own factors"):
+            import_model(path, tmp_path / "other", tokenizer=None)
+
+
 def test_rows_that_fill_no_blocks_are_in_fp16(tmp_path, checkpoint):
     export_model(checkpoint("modern"), tmp_path / "model.gguf", file_format="gguf", encoding="q8_0")
     stored = GgufFile(tmp_path / "model.gguf")
@@ -122,6 +143,8 @@ INEXPRESSIBLE = [
     ("modern", LLAMA | {"activation": "geglu"}, r"for llama model\.activation is geglu, not swiglu"),
     ("modern", {"rotary_dim": 4}, r"model\.rotary_dim is 4, not head_dim"),
     ("modern", LLAMA | {"rope_scaling": "yarn", "rope_scaling_factor": 4.0}, r"is 4, no divisor of max_seq_len"),
+    ("modern", {"rope_scaling": "llama3", "rope_scaling_factor": 5.75}, r"for qwen3 model\.rope_scaling is llama3"),
+    ("modern", LLAMA | {"rope_scaling": "llama3", "rope_scaling_factor": 4.0}, r"is 4, no divisor of max_seq_len"),
     ("classic", GPT2 | {"num_kv_heads": 2}, r"for gpt2 model\.num_kv_heads is 2, not 4"),
 ]
 

@@ -39,6 +39,7 @@ def ids():
 
 
 GPT2 = {"positions": "learned", "bias": True}
+TRAINED = {"rope_trained_len": 8}
 EXPRESSIBLE = [
     ("GPT2LMHeadModel", "classic", GPT2),
     ("GPT2LMHeadModel", "classic", GPT2 | {"activation": "gelu_tanh", "tie_weights": False}),
@@ -53,6 +54,9 @@ EXPRESSIBLE = [
     ("LlamaForCausalLM", "modern", {"qk_norm": False, "bias": True, "num_kv_heads": 1, "activation": "geglu"}),
     ("LlamaForCausalLM", "modern", {"qk_norm": False, "head_dim": 14, "tie_weights": False, "rope_theta": 500.0}),
     ("LlamaForCausalLM", "modern", {"qk_norm": False, "rope_scaling": "yarn", "rope_scaling_factor": 4.0}),
+    ("LlamaForCausalLM", "modern", {"qk_norm": False, "rope_scaling": "yarn", "rope_scaling_factor": 2.0, **TRAINED}),
+    ("LlamaForCausalLM", "modern", {"qk_norm": False, "rope_scaling": "llama3", "rope_scaling_factor": 4.0}),
+    ("LlamaForCausalLM", "modern", {"qk_norm": False, "rope_scaling": "llama3", "rope_scaling_factor": 2.0, **TRAINED}),
     ("LlamaForCausalLM", "modern", {"qk_norm": False, "rope_scaling": "ntk", "rope_scaling_factor": 3.0}),
     ("Qwen3ForCausalLM", "modern", {}),
     ("Qwen3ForCausalLM", "modern", {"head_dim": 6, "num_kv_heads": 4, "tie_weights": False}),

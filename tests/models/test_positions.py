@@ -99,3 +99,31 @@ def test_yarn_keeps_fast_pairs_and_divides_slow_ones():
     between = (turns < 20) & (turns > 2)
     assert ((scaled < plain) & (scaled > plain / 4))[between].all()
     assert factor == pytest.approx(0.1 * math.log(4) + 1)
+
+
+def test_llama3_scaling_is_that_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    theirs = transformers.LlamaConfig(
+        hidden_size=128,
+        num_attention_heads=1,
+        max_position_embeddings=131072,
+        rope_parameters={**rope, "rope_theta": 5e5, "original_max_position_embeddings": 8192},
+    )
+    expected, factor = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
+    ours = ModelConfig(
+        d_model=128,
+        num_heads=1,
+        max_seq_len=131072,
+        rope_theta=5e5,
+        rope_scaling="llama3",
+        rope_scaling_factor=8.0,
+        rope_trained_len=8192,
+    )
+    found, own_factor = rotary_frequencies(ours)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-6, atol=0)
+    assert factor == own_factor == 1.0
+    plain, _ = rotary_frequencies(ours.model_copy(update={"rope_scaling": "none"}))
+    assert set((plain / found).round(decimals=3).tolist()) > {1.0, 8.0}  # some are kept, some divided, some between

@@ -7,6 +7,7 @@ import sympy
 from sheepop.learn import notation
 from sheepop.learn.formula import Formula
 from sheepop.learn.formulas import CHAPTERS, formula_of
+from sheepop.learn.functions import ArgMax
 
 # What the sizes count, which means the same in every formula (`notation.py`) unless a formula says otherwise itself.
 SIZES = {
@@ -105,6 +106,7 @@ def counters(equation: sympy.Eq) -> list[tuple[str, str]]:
         pairs += [(index, size) for index, size in zip(left.indices, left.base.shape, strict=True) if index.is_Symbol]
     for sum_ in equation.atoms(sympy.Sum):
         pairs += [(index, highest + 1) for index, _, highest in sum_.limits]
+    pairs += [(index, size) for _, index, size in (best.args for best in equation.atoms(ArgMax))]
     return [(index.name, size.name) for index, size in pairs if size.is_Symbol]
 
 

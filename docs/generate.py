@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
-from places import pages_with_places
+from places import fill_from_code
 
 from sheepop import config
 from sheepop.cli import app
@@ -139,9 +139,14 @@ PAGES = {"settings.md": settings_page, "commands.md": commands_page}
 def main() -> int:
     """Write or check the pages and return the exit status."""
     stale = {}
-    for name, make in (PAGES | pages_with_places(FOLDER)).items():
+    for name, make in PAGES.items():
         page, path = make(), FOLDER / name
         if not path.is_file() or path.read_text(encoding="utf-8") != page:
+            stale[path] = page
+    for path in sorted(FOLDER.rglob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        page = fill_from_code(text, path.relative_to(FOLDER).as_posix())
+        if page != text:
             stale[path] = page
     for path, page in stale.items():
         if "--check" in sys.argv[1:]:

@@ -7,7 +7,6 @@ that is trained while the site is built, so that the page in the repository only
 
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 Make = Callable[[str], str]
 PLACE = re.compile(r"<!-- (formula|equation|example): (\w+) -->\n(.*?)<!-- end of \1 -->\n", re.DOTALL)
@@ -35,21 +34,15 @@ def outside_of_places(page: str) -> str:
     return PLACE.sub("", page)
 
 
-def pages_with_places(folder: Path) -> dict[str, Callable[[], str]]:
-    """Return the hand-written pages with places below `folder`: their names, and what makes each as it should be."""
+def fill_from_code(page: str, name: str) -> str:
+    """Return a page as it should be in the repository; `name` is its path below docs/, such as `chapters/loss.md`."""
+    if not PLACE.search(page):
+        return page
     from formula_places import equation_text, formula_text
     from worked_examples import announcement
 
-    found = {}
-    for path in sorted(folder.rglob("*.md")):
-        page = path.read_text(encoding="utf-8")
-        if not PLACE.search(page):
-            continue
-        up = "../" * len(path.relative_to(folder).parents[:-1])
-        makers: dict[str, Make] = {
-            "formula": formula_text,
-            "equation": lambda name, up=up: equation_text(name, up),  # type: ignore[misc]
-            "example": announcement,
-        }
-        found[path.relative_to(folder).as_posix()] = lambda page=page, makers=makers: fill(page, makers)  # type: ignore[misc]
-    return found
+    up = "../" * name.count("/")
+    return fill(
+        page,
+        {"formula": formula_text, "equation": lambda formula: equation_text(formula, up), "example": announcement},
+    )

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from sheepop.config import TrainingConfig
 from sheepop.evaluation.perplexity import bits_per_byte, perplexity
-from sheepop.evaluation.plots import LIGHT, render
+from sheepop.evaluation.plots import LIGHT, RunRecord, render
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.muon import orthogonalize
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.schedule import learning_rate_at
-from worked_examples.run import ExampleRun, table
+from worked_examples.run import TINY_CHARACTERS, ExampleRun, record_by_heart, table
 
 ROWS, LENGTH = 8, 32  # of the small batches of these examples
 
@@ -161,10 +161,32 @@ def curves(run: ExampleRun) -> str:
     }
     parts = []
     for name, caption in captions.items():
-        picture = base64.b64encode(render(name, run.record, LIGHT)).decode()
-        title = name.replace("_", " ")
-        parts.append(f'<img src="data:image/png;base64,{picture}" alt="{title} of the run">\n\n*{title}*: {caption}')
+        parts.append(f"{picture(name, run.record)}\n\n*{name.replace('_', ' ')}*: {caption}")
     return f"The curves of a run of seconds, trained on {run.learned_from}:\n\n" + "\n\n".join(parts)
+
+
+def by_heart(_run: ExampleRun) -> str:
+    """The curves of a run on a tiny text."""
+    record = record_by_heart()
+    steps, losses = zip(*((line["step"], line["loss"]) for line in record.val), strict=True)
+    best = losses.index(min(losses))
+    trained = record.train[-1]["loss"]
+    assert 0 < best < len(losses) - 1  # it turns
+    assert losses[-1] > min(losses) + 0.1
+    assert trained < losses[-1] - 0.5
+    return (
+        f"The same model on {TINY_CHARACTERS:,} characters alone, which it reads again and again:\n\n"
+        f"{picture('loss', record)}\n\n"
+        f"The validation is best at step {steps[best]}, {losses[best]:.3f}, and ends at {losses[-1]:.3f}, while the "
+        f"training loss comes down to {trained:.3f}. The run keeps both checkpoints; `--checkpoint` with the run's folder "
+        "takes the best."
+    )
+
+
+def picture(name: str, record: RunRecord) -> str:
+    """Return one of a run's pictures for a page, inside of it."""
+    drawn = base64.b64encode(render(name, record, LIGHT)).decode()
+    return f'<img src="data:image/png;base64,{drawn}" alt="{name.replace("_", " ")} of the run">'
 
 
 EXAMPLES: dict[str, tuple[str, Callable[[ExampleRun], str]]] = {
@@ -173,5 +195,6 @@ EXAMPLES: dict[str, tuple[str, Callable[[ExampleRun], str]]] = {
     "muon": ("the singular values of a gradient before and behind Muon's rounds", muon),
     "clipping": ("a batch's gradients before and behind clipping", clipping),
     "schedule": ("the learning rate of a run at five steps, under three schedules", schedule),
+    "by_heart": ("the loss of a run that learns a tiny text by heart", by_heart),
     "curves": ("loss, learning rate and gradient norm of a whole run, drawn", curves),
 }

@@ -25,6 +25,7 @@ from sheepop.utils.errors import DataError
 
 TEXT = "The old sheep"
 NUM_FILES = 8
+TINY_CHARACTERS = 8000
 SETTINGS: dict[str, object] = {
     "seed": 7,
     "device": "cpu",
@@ -83,16 +84,8 @@ class ExampleRun:
 def example_run() -> ExampleRun:
     """Train the model of the examples, once in a process."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        learned_from = write_text(folder / "text")
-        places: dict[str, object] = {
-            "data.path": str(folder / "text"),
-            "data.data_dir": str(folder / "data"),
-            "training.save_dir": str(folder / "run"),
-        }
-        with one_thread(), contextlib.redirect_stderr(io.StringIO()):
-            run = start_run(None, preset="classic", overrides=SETTINGS | places, resume=None)
-        config = load_config(run / "config.json")
+        learned_from = write_text(Path(name) / "text")
+        run, config = train(Path(name), {})
         model, tokenizer = load_model_and_tokenizer(resolve_checkpoint(run), "cpu")
         held_out = open_corpus(Path(str(config.data.path))).split("val").tokens
         return ExampleRun(
@@ -104,6 +97,31 @@ def example_run() -> ExampleRun:
             tokenizer,
             trace_text(model, tokenizer, TEXT),
         )
+
+
+def record_by_heart() -> RunRecord:
+    """Return the record of a run that reads a tiny text so often that it learns it by heart."""
+    with tempfile.TemporaryDirectory() as name:
+        text = Path(name) / "text"
+        write_text(text)
+        first, *others = sorted(text.iterdir())
+        first.write_text(first.read_text(encoding="utf-8")[:TINY_CHARACTERS], encoding="utf-8")
+        for path in others:
+            path.unlink()
+        run, _ = train(Path(name), {"data.tokenizer": "char", "training.eval_interval": 25})
+        return read_run(run)
+
+
+def train(folder: Path, changed: dict[str, object]) -> tuple[Path, Config]:
+    """Train on `folder`/text with the examples' settings, some of them changed; return the run and its settings."""
+    places: dict[str, object] = {
+        "data.path": str(folder / "text"),
+        "data.data_dir": str(folder / "data"),
+        "training.save_dir": str(folder / "run"),
+    }
+    with one_thread(), contextlib.redirect_stderr(io.StringIO()):
+        run = start_run(None, preset="classic", overrides=SETTINGS | changed | places, resume=None)
+    return run, load_config(run / "config.json")
 
 
 @contextlib.contextmanager

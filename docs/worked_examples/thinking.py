@@ -13,24 +13,34 @@ from worked_examples.run import TEXT, ExampleRun, table
 LAYER = 0
 
 
-def at(run: ExampleRun, point: str) -> Tensor:
-    """Return the tensor at a point of the layer that is shown."""
-    return run.trace[f"blocks.{LAYER}.{point}"]
+def at(run: ExampleRun, point: str, layer: int = LAYER) -> Tensor:
+    """Return the tensor at a point of a layer."""
+    return run.trace[f"blocks.{layer}.{point}"]
+
+
+def telling_head(run: ExampleRun) -> tuple[int, int]:
+    """Return layer and number of a head that neither looks at one token alone nor at all of them alike."""
+    largest = {
+        (layer, head): float(row.max())
+        for layer in range(run.config.model.num_layers)
+        for head, row in enumerate(at(run, "attention.weights", layer)[:, -1])
+    }
+    return min(largest, key=lambda place: abs(largest[place] - 0.5))
 
 
 def attention(run: ExampleRun) -> str:
     """Scores, masked scores and weights of one head, and what it reads."""
-    scores, mask, weights = (at(run, f"attention.{name}") for name in ("scores", "mask", "weights"))
-    head = int(weights[:, -1].max(dim=-1).values.argmin())  # the one that looks at several tokens
+    layer, head = telling_head(run)
+    scores, mask, weights = (at(run, f"attention.{name}", layer) for name in ("scores", "mask", "weights"))
     masked = scores[head].masked_fill(~mask, -math.inf)
     assert torch.allclose(masked.softmax(dim=-1), weights[head], atol=1e-6)
     sums = weights[head].sum(dim=-1)
     assert torch.allclose(sums, torch.ones_like(sums), atol=1e-6)
     assert weights[head].triu(1).count_nonzero() == 0  # nobody looks ahead
-    difference = relative_difference(*FORMULAS["attention_weights"].traced(run.trace, LAYER))
+    difference = relative_difference(*FORMULAS["attention_weights"].traced(run.trace, layer))
     assert difference < 1e-6
     parts = [
-        f"Head {head} of the first layer reads “{TEXT}”. First the scores, a row for each place that asks:",
+        f"Head {head} of layer {layer} reads “{TEXT}”. First the scores, a row for each place that asks:",
         square(run, scores[head]),
         "What lies ahead is covered:",
         square(run, masked),
@@ -54,8 +64,9 @@ def square(
 
 def mixing(run: ExampleRun) -> str:
     """What one head takes from the values."""
-    weights, value, mixed = (at(run, f"attention.{name}") for name in ("weights", "value", "mixed"))
-    head, group = 0, 0  # head 0 reads key/value head 0
+    layer, head = telling_head(run)
+    weights, value, mixed = (at(run, f"attention.{name}", layer) for name in ("weights", "value", "mixed"))
+    group = head // (run.config.model.num_heads // run.config.model.num_kv_heads)
     shown = 4
     rows = [
         (piece, float(weight), *map(float, vector[:shown]))
@@ -65,7 +76,9 @@ def mixing(run: ExampleRun) -> str:
     assert torch.allclose(result, mixed[head, -1], atol=1e-5)
     rows.append(("**the mix**", float(weights[head, -1].sum()), *map(float, result[:shown])))
     header = ("token", f"weight that {run.pieces[-1]} gives it", *(f"value [{channel}]" for channel in range(shown)))
-    return f"What head {head} writes at the last place: each value times its weight, added up.\n\n{table(header, rows)}"
+    return (
+        f"What the same head writes at the last place: each value times its weight, added up.\n\n{table(header, rows)}"
+    )
 
 
 def heads(run: ExampleRun) -> str:

@@ -83,3 +83,12 @@ def test_filling_replaces_what_stood_there_and_nothing_else() -> None:
     assert fill(filled, {"example": announcement}) == filled
     with pytest.raises(KeyError):
         fill(page.replace("loss", "gain"), {"example": announcement})
+
+
+def test_the_glossary_is_in_order_and_says_each_word_once() -> None:
+    page = (PROJECT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^- \*\*(.+?)\*\*", page, re.MULTILINE)
+    assert len(entries) > 90
+    assert entries == sorted(entries, key=lambda entry: re.sub(r"[^a-z0-9 ]", "", entry.lower()))
+    words = [word for entry in entries for word in entry.split(", ")]
+    assert len(set(words)) == len(words)

@@ -31,8 +31,8 @@ def test_an_example_fills_its_place_with_numbers(name: str, run: ExampleRun) -> 
 
 
 def test_weights_of_another_run_would_be_found(run: ExampleRun) -> None:
-    weights = run.trace.tensors["blocks.0.attention.weights"]
-    wrong = run.trace.tensors | {"blocks.0.attention.weights": weights.roll(1, dims=0)}
+    points = [f"blocks.{layer}.attention.weights" for layer in range(2)]
+    wrong = run.trace.tensors | {point: run.trace[point].roll(1, dims=0) for point in points}
     broken = type(run)(**{**vars(run), "trace": type(run.trace)(run.model, run.trace.token_ids, wrong)})
     with pytest.raises(AssertionError):
         EXAMPLES["attention"][1](broken)

@@ -178,8 +178,8 @@ def by_heart(_run: ExampleRun) -> str:
         f"The same model on {TINY_CHARACTERS:,} characters alone, which it reads again and again:\n\n"
         f"{picture('loss', record)}\n\n"
         f"The validation is best at step {steps[best]}, {losses[best]:.3f}, and ends at {losses[-1]:.3f}, while the "
-        f"training loss comes down to {trained:.3f}. The run keeps both checkpoints; `--checkpoint` with the run's folder "
-        "takes the best."
+        f"training loss comes down to {trained:.3f}. The run keeps both checkpoints; `--checkpoint` with the run's "
+        "folder takes the best."
     )
 
 

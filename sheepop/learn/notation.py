@@ -166,6 +166,6 @@ def latex(expression: Any) -> str:
 
 def mathml(expression: Any, *, display: bool = True) -> str:
     """Return MathML, which browsers draw without any script."""
-    from latex2mathml.converter import convert
+    from math_core import LatexToMathML
 
-    return str(convert(latex(expression), display="block" if display else "inline"))
+    return str(LatexToMathML().convert_with_local_state(latex(expression), displaystyle=display))

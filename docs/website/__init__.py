@@ -1,0 +1,1 @@
+"""The documentation as a site: gather the pages, build them, and check what came out."""

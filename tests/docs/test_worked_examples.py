@@ -2,10 +2,17 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
+from places import outside_of_places
 from worked_examples import EXAMPLES, example_run, fill_examples
 from worked_examples.run import ExampleRun, table
+
+from sheepop.models.pretrained import save_weights, stored_weights
+from sheepop.utils.files import write_json
+
+PROJECT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +43,20 @@ def test_weights_of_another_run_would_be_found(run: ExampleRun) -> None:
     broken = type(run)(**{**vars(run), "trace": type(run.trace)(run.model, run.trace.token_ids, wrong)})
     with pytest.raises(AssertionError):
         EXAMPLES["attention"][1](broken)
+
+
+def test_the_page_of_formulas_can_be_laid_beside_a_model_of_ones_own(
+    run: ExampleRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (PROJECT / "docs" / "mathematics.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"^```py\n(.*?)^```", outside_of_places(page), re.DOTALL | re.MULTILINE)
+    checkpoint = tmp_path / "runs" / "mine"
+    write_json(checkpoint / "config.json", run.config.model_dump())
+    save_weights(stored_weights(run.model), run.config.model, checkpoint / "model.safetensors")
+    run.tokenizer.save(checkpoint / "tokenizer.json")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "mathematics.md", "exec"), {})
+    assert re.search(r"largest difference: \de-0[78]", capsys.readouterr().out)
 
 
 def test_a_table_escapes_what_would_end_a_cell() -> None:

@@ -149,6 +149,7 @@ def test_this_project_becomes_a_site_that_opens_from_a_folder(request: Any, tmp_
     browser = request.getfixturevalue("browser")  # what needs none has been checked
     for path in sorted(site.rglob("*.html")):
         text = path.read_text(encoding="utf-8")
+        assert "With the numbers of a real model, in the site" not in text, "an example was not computed"
         page = open_page(browser, path)
         assert page.locator("math").count() == len(re.findall(r"<math\b", text))
         assert page.locator("figure.diagram > svg").count() == text.count('<pre class="diagram">')

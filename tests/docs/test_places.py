@@ -1,6 +1,10 @@
 """Every formula in the pages comes from the registry, and every one of the registry stands in a page."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +96,21 @@ def test_the_glossary_is_in_order_and_says_each_word_once() -> None:
     assert entries == sorted(entries, key=lambda entry: re.sub(r"[^a-z0-9 ]", "", entry.lower()))
     words = [word for entry in entries for word in entry.split(", ")]
     assert len(set(words)) == len(words)
+
+
+def test_a_formula_that_was_changed_in_a_page_is_named_and_mended(tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    shutil.copytree(PROJECT / "docs", docs)
+    page = docs / "chapters" / "loss.md"
+    fresh = page.read_text(encoding="utf-8")
+    stale = fresh.replace("\\ell = -", "\\ell = ")
+    assert stale != fresh
+    page.write_text(stale, encoding="utf-8")
+    command = [sys.executable, str(docs / "generate.py")]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run([*command, "--check"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "docs/chapters/loss.md is out of date" in done.stderr
+    assert page.read_text(encoding="utf-8") == stale
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert page.read_text(encoding="utf-8") == fresh

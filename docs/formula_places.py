@@ -7,21 +7,7 @@ import sympy
 from sheepop.learn import notation
 from sheepop.learn.formula import Formula
 from sheepop.learn.formulas import CHAPTERS, formula_of
-from sheepop.learn.functions import ArgMax
-
-# What the sizes count, which means the same in every formula (`notation.py`) unless a formula says otherwise itself.
-SIZES = {
-    "B": "texts of a batch",
-    "T": "places of the text",
-    "S": "places that can be looked at",
-    "D": "numbers of the stream",
-    "H": "heads",
-    "H_{KV}": "heads of keys and values",
-    "C": "numbers of a head",
-    "F": "numbers inside the feed-forward",
-    "V": "entries of the vocabulary",
-    "L": "layers",
-}
+from sheepop.learn.notation import SIZES, counters
 
 
 def formula_text(name: str) -> str:
@@ -96,18 +82,6 @@ def plain_letters(formula: Formula) -> list[str]:
         elif size in letters:
             found.append(f"${letter(size)}$: {meaning}")
     return found
-
-
-def counters(equation: sympy.Eq) -> list[tuple[str, str]]:
-    """Return the indices of an equation, each with the size that it runs up to."""
-    left = equation.lhs
-    pairs = []
-    if isinstance(left, sympy.Indexed):
-        pairs += [(index, size) for index, size in zip(left.indices, left.base.shape, strict=True) if index.is_Symbol]
-    for sum_ in equation.atoms(sympy.Sum):
-        pairs += [(index, highest + 1) for index, _, highest in sum_.limits]
-    pairs += [(index, size) for _, index, size in (best.args for best in equation.atoms(ArgMax))]
-    return [(index.name, size.name) for index, size in pairs if size.is_Symbol]
 
 
 def slug(title: str) -> str:

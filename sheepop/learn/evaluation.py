@@ -19,6 +19,8 @@ from sheepop.learn.functions import Applied, ArgMax, Indicator, Kept, Nearest, S
 Numbers = NDArray[Any]
 Part = Callable[..., Numbers]
 
+CELLS_AT_ONCE = 2**22  # terms of a sum that are in memory at one time: 32 MiB, a few times over
+
 FUNCTIONS: dict[Any, Callable[[Numbers], Numbers]] = {
     sympy.exp: np.exp,
     sympy.log: np.log,
@@ -187,8 +189,12 @@ class Evaluation:
         body = sympy.Sum(body, *inner) if inner else body
         lowest, highest = (np.asarray(self.value(bound)) for bound in bounds)
         terms = np.arange(int(lowest.min()), int(highest.max()) + 1)
-        is_meant = (terms >= lowest[..., None]) & (terms <= highest[..., None])
-        return np.asarray(np.where(is_meant, self.along(index, terms).value(body), 0.0).sum(axis=-1))
+        cells = math.prod(np.broadcast_shapes(*(grid.shape for grid in self.indices.values())))
+        total = np.zeros(())
+        for some in np.array_split(terms, max(1, cells * len(terms) // CELLS_AT_ONCE)):
+            is_meant = (some >= lowest[..., None]) & (some <= highest[..., None])
+            total = total + np.where(is_meant, self.along(index, some).value(body), 0.0).sum(axis=-1)
+        return total
 
     def along(self, index: Any, terms: Numbers) -> "Evaluation":
         """Return the evaluation in which an index takes these values, along an axis behind the others."""

@@ -113,6 +113,9 @@ class Formula:
     def traced(self, trace: Trace, layer: int = 0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return what the formula makes of a run's tensors, and what the run itself made of them.
 
+        They agree within 1e-6 of the largest number where the run's sums are in fp32 and not much longer than
+        1000 numbers. Of a wider model trace a copy in float64 (`copy.deepcopy(model).double()`).
+
         Raises:
             ConfigError: the model has no such part, or a forward pass does not show it; says why.
         """

@@ -49,7 +49,7 @@ class Applied(sympy.MatrixExpr):  # type: ignore[misc]
         return self.args[2], self.args[1].shape[1]
 
     def _latex(self, printer: Any) -> str:
-        return rf"{function_name(self.args[0], printer)}\left({printer._print(self.args[1])}\right)"
+        return rf"{printer._print(self.args[0])}\left({printer._print(self.args[1])}\right)"
 
 
 class Stacked(sympy.MatrixExpr):  # type: ignore[misc]
@@ -61,11 +61,7 @@ class Stacked(sympy.MatrixExpr):  # type: ignore[misc]
         return self.args[1].shape
 
     def _latex(self, printer: Any) -> str:
-        function, inside, count = (
-            function_name(self.args[0], printer),
-            printer._print(self.args[1]),
-            printer._print(self.args[2]),
-        )
+        function, inside, count = map(printer._print, self.args)
         return rf"{function}_{{{count}}}\left(\cdots\,{function}_{{1}}\left({inside}\right)\cdots\right)"
 
 
@@ -96,11 +92,3 @@ class Kept(sympy.UnevaluatedExpr):  # type: ignore[misc]
     """A number that stays by itself in a product, such as the 1/N of a mean."""
 
     is_commutative = True
-
-
-def function_name(symbol: sympy.Symbol, printer: Any) -> str:
-    """Return a function's name as it is printed: a word upright, a letter as it is, numbers behind it below."""
-    word, _, number = symbol.name.partition("_")
-    if len(word) > 1 and word[0].isupper():
-        return rf"\operatorname{{{word}}}" + (f"_{{{number}}}" if number else "")
-    return str(printer._print(symbol))

@@ -4,35 +4,27 @@ The letters are the code's shape letters, and an index is the small letter of wh
 `Q[h, t, c]` is number c of what head h asks at place t.
 """
 
+import re
 from typing import Any
 
 import sympy
 from sympy.printing.latex import LatexPrinter
+from sympy.printing.precedence import PRECEDENCE
 
-from sheepop.learn.functions import Kept
+from sheepop.learn.functions import ArgMax, Kept
 
-# What sizes and indices mean in every formula that does not say otherwise.
-LETTERS = {
-    "B": "texts in a batch",
-    "T": "places that ask",
-    "S": "places that answer",
-    "D": "width of the stream",
+# What sizes count in every formula that does not say otherwise.
+SIZES = {
+    "B": "texts of a batch",
+    "T": "places of the text",
+    "S": "places that can be looked at",
+    "D": "numbers of the stream",
     "H": "heads",
     "H_{KV}": "heads of keys and values",
-    "C": "width of a head",
-    "F": "width inside the feed-forward",
+    "C": "numbers of a head",
+    "F": "numbers inside the feed-forward",
     "V": "entries of the vocabulary",
     "L": "layers",
-    "t": "a place that asks",
-    "s": "a place that answers",
-    "r": "a place, to sum over all that answer",
-    "c": "a number of a head",
-    "i": "a number of the stream",
-    "j": "a number of the stream, to sum over",
-    "f": "a number inside the feed-forward",
-    "h": "a head",
-    "u": "an entry of the vocabulary, to sum over",
-    "v": "an entry of the vocabulary",
 }
 
 # Sizes. T and S are the numbers of query and key places, which agree where a whole text is read.
@@ -104,6 +96,14 @@ class Printer(LatexPrinter):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__({"order": "none", "fold_short_frac": False, "fold_frac_powers": True, "ln_notation": True})
 
+    def _print_Symbol(self, expr: Any, style: str = "plain") -> str:  # noqa: N802
+        # The names of a model's parts are words, with a number below where there are several.
+        named = re.fullmatch(r"([A-Z][A-Za-z]{2,})(?:_(\d))?", expr.name)
+        if not named:
+            return str(super()._print_Symbol(expr, style))
+        word, number = named.groups()
+        return rf"\operatorname{{{word}}}" + (f"_{{{number}}}" if number else "")
+
     def _print_Add(self, expr: Any, order: Any = None) -> str:  # noqa: ARG002, N802
         # What was not written by hand has its number first, -1 + C, and an author writes C - 1.
         terms = list(expr.args)
@@ -112,10 +112,21 @@ class Printer(LatexPrinter):  # type: ignore[misc]
         return str(super()._print_Add(plus(*terms)))
 
     def _print_ExpBase(self, expr: Any, exp: Any = None) -> str:  # noqa: N802
-        above, below = expr.exp.as_numer_denom()
-        if exp is not None or below == 1:
+        if exp is not None:
             return str(super()._print_ExpBase(expr, exp))
-        return rf"e^{{{self._print(above)} / {self._print(below)}}}"
+        return f"e^{{{self.in_one_line(expr.exp)}}}"
+
+    def _print_Pow(self, expr: Any) -> str:  # noqa: N802
+        if not expr.base.is_Integer or expr.exp.is_number:
+            return str(super()._print_Pow(expr))
+        return f"{self._print(expr.base)}^{{{self.in_one_line(expr.exp)}}}"
+
+    def in_one_line(self, expr: Any) -> str:
+        """Return an exponent, whose fraction is too small to be read as one."""
+        above, below = expr.as_numer_denom()
+        if below == 1:
+            return str(self._print(expr))
+        return f"{self.parenthesize(above, PRECEDENCE['Mul'])} / {self._print(below)}"
 
     def _print_Sum(self, expr: Any) -> str:  # noqa: N802
         # The sums within each other, as they were written.
@@ -142,8 +153,7 @@ class Printer(LatexPrinter):  # type: ignore[misc]
         return rf"{self._print(expr.arg)}^{{\top}}"
 
     def _print_floor(self, expr: Any) -> str:
-        above, below = expr.args[0].as_numer_denom()
-        return rf"\lfloor {self._print(above)} / {self._print(below)} \rfloor"
+        return rf"\lfloor {self.in_one_line(expr.args[0])} \rfloor"
 
     def _print_Piecewise(self, expr: Any) -> str:  # noqa: N802
         return str(super()._print_Piecewise(expr)).replace(r"\text{for}\:", r"\text{if}\ ")
@@ -157,6 +167,18 @@ class Printer(LatexPrinter):  # type: ignore[misc]
     def _print_Indexed(self, expr: Any) -> str:  # noqa: N802
         base, indices = self._print(expr.base), ", ".join(map(self._print, expr.indices))
         return f"{base}_{{{indices}}}"
+
+
+def counters(equation: sympy.Eq) -> list[tuple[str, str]]:
+    """Return the indices of an equation by name, each with the size that it runs up to."""
+    left = equation.lhs
+    pairs = []
+    if isinstance(left, sympy.Indexed):
+        pairs += [(index, size) for index, size in zip(left.indices, left.base.shape, strict=True) if index.is_Symbol]
+    for added in equation.atoms(sympy.Sum):
+        pairs += [(index, highest + 1) for index, _, highest in added.limits]
+    pairs += [(index, size) for _, index, size in (best.args for best in equation.atoms(ArgMax))]
+    return [(index.name, size.name) for index, size in pairs if size.is_Symbol]
 
 
 def latex(expression: Any) -> str:

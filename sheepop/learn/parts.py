@@ -94,13 +94,14 @@ def context_of(run: Trace) -> Context:
     return replace(seen[0], tap=lambda _, tensor: tensor)
 
 
-def only(setting: str, *values: object) -> Callable[[ModelConfig], str | None]:
+def only(setting: str, value: object) -> Callable[[ModelConfig], str | None]:
     """Return what says why a model with another value of this setting has no such part."""
-    wanted = " or ".join(f"'{value}'" if isinstance(value, str) else str(value) for value in values)
+
+    def named(value: object) -> str:
+        return f"'{value}'" if isinstance(value, str) else str(value).lower()  # as a file has it
 
     def missing(config: ModelConfig) -> str | None:
         found = getattr(config, setting)
-        named = f"'{found}'" if isinstance(found, str) else found
-        return None if found in values else f"its model.{setting} is {named}, not {wanted}"
+        return None if found == value else f"its model.{setting} is {named(found)}, not {named(value)}"
 
     return missing

@@ -50,6 +50,11 @@ def run_of(family: str) -> Trace:
     return trace(quantize(model, "int8") if family == "quantized" else model, IDS)
 
 
+@pytest.fixture(scope="session", name="run_of")
+def _run_of():
+    return run_of
+
+
 @pytest.fixture(scope="session")
 def runs() -> dict[str, Trace]:
     return {family: run_of(family) for family in FAMILIES}

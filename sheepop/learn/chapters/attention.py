@@ -6,12 +6,12 @@ import numpy as np
 import sympy
 import torch
 
+from sheepop.learn.chapters import heads
 from sheepop.learn.formula import Formula, Meaning
 from sheepop.learn.functions import Softmax
 from sheepop.learn.notation import (
     KV_HEADS,
     C,
-    D,
     H,
     S,
     T,
@@ -20,7 +20,6 @@ from sheepop.learn.notation import (
     cases,
     equals,
     h,
-    i,
     matrix_product,
     matrix_sum,
     over,
@@ -30,13 +29,11 @@ from sheepop.learn.notation import (
     t,
     times,
 )
-from sheepop.learn.parts import bias_of, block_of, sample_run
-from sheepop.learn.trace import Trace
 from sheepop.models.attention import attention, visible
 
 Q, KEY, VALUE = array("Q", H, T, C), array("K", KV_HEADS, S, C), array("V", KV_HEADS, S, C)
 SCORES, WEIGHTS, MASK = array("E", H, T, S), array("A", H, T, S), array("M", T, S)
-MIXED, READ = array("O", H, T, C), array("X", T, D)
+MIXED = array("O", H, T, C)
 W = sympy.Symbol("W", integer=True, positive=True)
 G = sympy.Symbol("G", integer=True, positive=True)
 GROUP = sympy.floor(h / G)  # the key/value head that head h reads
@@ -56,15 +53,6 @@ MEANINGS = {
     ),
     "A": Meaning("weights: which share of its attention a place gives to each", "blocks.{layer}.attention.weights"),
     "O": Meaning("what each head has read", "blocks.{layer}.attention.mixed"),
-    "X": Meaning("what attention reads: the normalised stream", "blocks.{layer}.attention_norm"),
-    "Y": Meaning("what attention adds to the stream", "blocks.{layer}.attention.output"),
-    "W^O": Meaning(
-        "weight that leads from the heads back into the stream",
-        value=lambda run, layer: block_of(run, layer).attention.output.weight,
-    ),
-    "b^O": Meaning(
-        "bias, 0 where the model has none", value=lambda run, layer: bias_of(block_of(run, layer).attention.output)
-    ),
 }
 
 
@@ -96,65 +84,6 @@ def run_attention(random: np.random.Generator) -> dict[str, torch.Tensor]:
         "M": added_mask(tapped["attention.mask"]),
         "O": mixed[0],
     }
-
-
-def projected(first: int, count: int) -> Callable[[Trace, int], torch.Tensor]:
-    """Return what says which heads of a layer's projection these are: (heads, T, C)."""
-
-    def heads(run: Trace, layer: int) -> torch.Tensor:
-        at = starts(run)
-        return run[f"blocks.{layer}.attention.projected"].transpose(0, 1)[at[first] : at[first + count]]
-
-    return heads
-
-
-def starts(run: Trace) -> list[int]:
-    """Return the heads at which queries, keys and values begin and end among all that are projected together."""
-    config = run.model.config
-    heads, groups = config.num_heads, config.num_kv_heads
-    return [0, heads, heads + groups, heads + 2 * groups]
-
-
-def rows_of(first: int, letter: str) -> Callable[[Trace, int], torch.Tensor]:
-    """Return what gives the rows of weight `W` or bias `b` which make queries (0), keys (1) or values (2)."""
-
-    def rows(run: Trace, layer: int) -> torch.Tensor:
-        linear, at = block_of(run, layer).attention.query_key_value, starts(run)
-        width = run.model.config.head_dim
-        numbers = linear.weight if letter == "W" else bias_of(linear)
-        return numbers[at[first] * width : at[first + 1] * width]
-
-    return rows
-
-
-def projection(
-    name: str, letter: str, number: int, heads: sympy.Symbol, does: str, kids: str, scientists: str, pitfalls: str
-) -> Formula:
-    """Return the formula of queries, keys or values."""
-    weight, bias = array(f"W^{letter}", heads * C, D), array(f"b^{letter}", heads * C)
-    row = plus(times(h, C), c)
-    equation = equals(
-        array(letter, heads, T, C)[h, t, c], plus(bias[row], over(times(weight[row, i], READ[t, i]), i, D))
-    )
-    meanings = {
-        letter: Meaning(does, value=projected(number, 1)),
-        "X": MEANINGS["X"],
-        f"W^{letter}": Meaning(f"weight that makes {name}, C rows a head", value=rows_of(number, "W")),
-        f"b^{letter}": Meaning("bias, 0 where the model has none", value=rows_of(number, "b")),
-    }
-    return Formula(
-        name=f"{name}_projection",
-        title=f"{name.capitalize()} projection",
-        equation=equation,
-        meanings=meanings,
-        code="sheepop.models.blocks:MultiHeadAttention.forward",
-        line="projected = self.query_key_value(hidden)",
-        kids=kids,
-        scientists=scientists,
-        pitfalls=pitfalls,
-        source=VASWANI.replace("3.2.1", "3.2.2"),
-        sample=sample_run(meanings, letter, bias=True),
-    )
 
 
 def one_head(name: str) -> Meaning:
@@ -190,66 +119,10 @@ def sample_mask(random: np.random.Generator) -> tuple[dict[str, int], torch.Tens
 
 
 ATTENTION = "sheepop.models.attention:attention"
-MULTI_HEAD = of(("Y", "W^O", "O", "b^O"))
 VASWANI = "Vaswani et al. 2017, Attention Is All You Need, section 3.2.1"
 
 FORMULAS = (
-    projection(
-        "query",
-        "Q",
-        0,
-        H,
-        "queries, before positions turn them: what each place asks for",
-        kids="""
-            Every word writes a question card: "who did it?", "which colour?". All words write theirs with the same
-            stencil, laid over what they know, and so each gets a question of its own.
-        """,
-        scientists="""
-            A linear map of the normalised stream, the same at every place, H heads of C numbers side by side. Only the
-            product of query and key weights matters for the scores, a bilinear form of rank at most C for each head.
-        """,
-        pitfalls="""
-            Cutting the result into C heads of H numbers instead of H heads of C; reading the stream before its norm.
-        """,
-    ),
-    projection(
-        "key",
-        "K",
-        1,
-        KV_HEADS,
-        "keys, before positions turn them: what each place offers",
-        kids="""
-            Every word also wears a name tag that says what it can tell: "I am a colour", "I am the one who runs".
-            The others hold their question cards against the tags.
-        """,
-        scientists="""
-            The counterpart of the query, from the same stream by a weight of its own, so that asking need not be
-            symmetric: t may read s without s reading t. With fewer key heads than query heads (Ainslie et al. 2023)
-            each serves a group, which shrinks the cache of keys in the same ratio.
-        """,
-        pitfalls="""
-            A bias of the keys alone changes no weight without rotary positions: it adds the same number to all scores
-            of a query, which the softmax takes out.
-        """,
-    ),
-    projection(
-        "value",
-        "V",
-        2,
-        KV_HEADS,
-        "values: what is taken from each place",
-        kids="""
-            Behind the name tag lies a parcel: what a word hands over when somebody chooses it. Tag and parcel may
-            differ, as the label on a box is not the bricks inside.
-        """,
-        scientists="""
-            What is mixed by the attention weights; linear, so that mixing and projecting could change places. Keys
-            decide where one reads and values what, which is why they have weights of their own.
-        """,
-        pitfalls="""
-            Turning values by their positions as queries and keys are: rotary positions belong into the scores alone.
-        """,
-    ),
+    *heads.PROJECTIONS,
     Formula(
         name="attention_scores",
         title="Attention scores",
@@ -362,33 +235,5 @@ FORMULAS = (
         source=VASWANI,
         sample=sample_one_head,
     ),
-    Formula(
-        name="multi_head_attention",
-        title="Multi-head attention",
-        equation=equals(
-            array("Y", T, D)[t, i],
-            plus(
-                array("b^O", D)[i],
-                over(over(times(array("W^O", D, H * C)[i, plus(times(h, C), c)], MIXED[h, t, c]), c, C), h, H),
-            ),
-        ),
-        meanings=MULTI_HEAD,
-        code="sheepop.models.blocks:MultiHeadAttention.forward",
-        line="self.output(mixed)",
-        kids="""
-            Several helpers read the same page, each with another question in mind: who, where, when. In the end they
-            lay their notes side by side, and one sums them up.
-        """,
-        scientists="""
-            The heads' results are put behind each other, H times C numbers, and one matrix mixes them. It is the same
-            as a sum over heads, each through C columns of its own, so a head writes into a subspace of the stream of at
-            most C dimensions.
-        """,
-        pitfalls="""
-            Forgetting to bring the heads next to the channels before they are laid flat, which mixes places with heads
-            and gives a tensor of the right shape.
-        """,
-        source=VASWANI.replace("3.2.1", "3.2.2"),
-        sample=sample_run(MULTI_HEAD, "Y", bias=True),
-    ),
+    heads.MULTI_HEAD_ATTENTION,
 )

@@ -142,7 +142,7 @@ FORMULAS = (
         """,
         scientists="""
             One key and one value of C numbers for each layer, key/value head and token. It grows with the length of the
-            text, unlike the weights, and at long contexts outweighs them; grouped heads shrink it by H over H_KV.
+            text, unlike the weights, and at long contexts can outweigh them; grouped heads shrink it by H over H_KV.
         """,
         pitfalls="""
             Counting query heads instead of key/value heads; forgetting that keys and values are two; a cache for the

@@ -141,8 +141,8 @@ FORMULAS = (
             stands ajar, so that a little gets through.
         """,
         scientists="""
-            The number times the probability that a standard normal variable is below it. It is smooth, equals the
-            identity for large u and 0 for very negative u, and dips to about -0.17 near u = -0.75, so that it is not
+            The number times the probability that a standard normal variable is below it. It is smooth, comes close to
+            u for large u and to 0 for very negative u, and dips to about -0.17 near u = -0.75, so that it is not
             monotonic.
         """,
         pitfalls="""

@@ -17,12 +17,18 @@ TOKEN, TEMPERATURE, COUNT, MASS = sympy.symbols("x tau k p")
 NOTHING = torch.empty(0, dtype=torch.int64)  # no token was said before
 
 # What a trace shows the formulas with.
-WARMTH, BEST, NUCLEUS = 0.8, 5, 0.9
+WARMTH, BEST, NUCLEUS, MOST_LIKELY = 0.8, 5, 0.9, 4096
 
 
 def last_scores(run: Trace) -> torch.Tensor:
     """Return the scores for what follows the text, (V,), in float32, which is what is drawn from."""
     return run["logits"][-1].float()
+
+
+def likely_scores(run: Trace) -> torch.Tensor:
+    """Return the scores of the most likely entries, in the vocabulary's order: each is compared with all others."""
+    scores = last_scores(run)
+    return scores[scores.topk(min(MOST_LIKELY, len(scores))).indices.sort().values]
 
 
 def race(count: int) -> torch.Tensor:
@@ -75,6 +81,7 @@ def shown(text: str, value: Callable[[Trace], Value]) -> Meaning:
 
 
 SEEN = shown("scores for what follows the text", last_scores)
+LIKELY = shown(f"scores for what follows the text; of the {MOST_LIKELY} likeliest where a run is shown", likely_scores)
 TAU = shown(f"temperature; {WARMTH} where a run is shown", lambda _: WARMTH)
 HOLTZMAN = "Holtzman et al. 2020, The Curious Case of Neural Text Degeneration"
 
@@ -153,8 +160,8 @@ FORMULAS = (
             LEFT[v], cases((SCORES[v], over(Indicator(SCORES[u] > SCORES[v]), u, V) < COUNT), otherwise=-sympy.oo)
         ),
         meanings={
-            "Y": shown("scores that are left to draw from", lambda run: keep_top_k(last_scores(run), BEST)),
-            "Z": SEEN,
+            "Y": shown("scores that are left to draw from", lambda run: keep_top_k(likely_scores(run), BEST)),
+            "Z": LIKELY,
             "k": shown(f"how many are kept; {BEST} where a run is shown", lambda _: BEST),
         },
         code="sheepop.generation.sampling:keep_top_k",
@@ -189,9 +196,9 @@ FORMULAS = (
             ),
         ),
         meanings={
-            "Y": shown("scores that are left to draw from", lambda run: keep_top_p(last_scores(run), NUCLEUS)),
-            "Z": SEEN,
-            "P": shown("probability of each entry", lambda run: last_scores(run).double().softmax(0)),
+            "Y": shown("scores that are left to draw from", lambda run: keep_top_p(likely_scores(run), NUCLEUS)),
+            "Z": LIKELY,
+            "P": shown("probability of each entry", lambda run: likely_scores(run).double().softmax(0)),
             "p": shown(f"probability to be reached; {NUCLEUS} where a run is shown", lambda _: NUCLEUS),
         },
         code="sheepop.generation.sampling:keep_top_p",

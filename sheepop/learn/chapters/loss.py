@@ -9,7 +9,6 @@ from sheepop.learn.formula import Formula, Meaning
 from sheepop.learn.notation import T, V, array, equals, mean, over, ratio, t, times, u
 from sheepop.learn.trace import Trace
 from sheepop.models.head_loss import summed_head_loss
-from sheepop.models.transformer import inference
 from sheepop.utils.errors import DataError
 
 LOSS, PERPLEXITY, BITS = sympy.symbols(r"ell \mathrm{PPL} \mathrm{BPB}")
@@ -28,11 +27,11 @@ def check_next(run: Trace) -> None:
 
 
 def loss_of(run: Trace, _layer: int) -> float:
-    """Return the model's own loss over a run's text, in nats per token; errors as `check_next`."""
+    """Return the loss that the head finds over a run's text, in nats per token; errors as `check_next`."""
     check_next(run)
-    ids = run.token_ids[None].to(run.model.device)
-    with inference(run.model):
-        return float(run.model(ids[:, :-1], targets=ids[:, 1:])) / (ids.shape[1] - 1)
+    hidden, weight = run["final_norm"][None, :-1], run.model.head.weight.to("cpu")
+    with torch.inference_mode():
+        return float(summed_head_loss(hidden, weight, run.token_ids[None, 1:])) / (len(run.token_ids) - 1)
 
 
 def guesses(run: Trace, _layer: int) -> torch.Tensor:
@@ -92,10 +91,10 @@ FORMULAS = (
             that really comes count: many chips there mean a small penalty, none at all an endless one.
         """,
         scientists="""
-            The mean of -ln p over the tokens that came: the negative logarithm of the likelihood of the text. It is the
-            entropy of the text plus the divergence of the model from it, and proper, since telling one's true
-            probabilities makes its expectation least. Its gradient by the scores is the probabilities, less one at the
-            token that came.
+            The mean of -ln p over the tokens that came, so the least loss is the greatest likelihood of the text. Its
+            expectation is the entropy of the language plus the model's divergence from it, which is why true
+            probabilities are the best answer. The gradient by a place's scores is its probabilities, less one at the
+            token that came, over T.
         """,
         pitfalls="""
             Comparing place t with token t instead of the next one; taking a mean of means over batches with different
@@ -155,7 +154,7 @@ FORMULAS = (
             Counting characters instead of bytes, which is the same in English and not in Greek; leaving ln 2 out, which
             gives nats; scoring a part of the text and dividing by the bytes of the whole.
         """,
-        source="Shannon 1951, Prediction and Entropy of Printed English; Gao et al. 2020, The Pile, section 3.1",
+        source="Shannon 1951, Prediction and Entropy of Printed English; Gao et al. 2020, The Pile",
         sample=sample_bits,
     ),
 )

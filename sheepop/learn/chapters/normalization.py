@@ -111,8 +111,8 @@ FORMULAS = (
         """,
         scientists="""
             Each place is centred and divided by its own standard deviation over the D numbers, then scaled and shifted
-            by learned vectors. The result does not change when the stream is multiplied by a positive number, up to
-            epsilon, which keeps gradients of deep networks in bounds. The variance is the biased one, divided by D.
+            by learned vectors. But for epsilon, the result is the same for a stream that is multiplied by a positive
+            number, so layers read numbers of one size at any depth. The variance is the biased one, divided by D.
         """,
         pitfalls="""
             Dividing the variance by D - 1; adding epsilon behind the root instead of under it; normalising over the
@@ -165,8 +165,8 @@ FORMULAS = (
         """,
         scientists="""
             Queries and keys of each head get the root mean square 1 before a learned scale, so that a score is at most
-            the root of C times the largest scales. Otherwise scores can grow until the softmax is one-hot and training
-            at a high rate breaks.
+            the root of C times the largest scales of both. Otherwise scores can grow until the softmax is one-hot and
+            training at a high rate breaks.
         """,
         pitfalls="""
             Normalising after the rotation with a scale for each number, which breaks the pairs; normalising over all

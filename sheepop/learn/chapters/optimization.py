@@ -5,32 +5,22 @@ from typing import Any
 import numpy as np
 import sympy
 import torch
-from numpy.typing import NDArray
 
 from sheepop.config import Config, ModelConfig, TrainingConfig
+from sheepop.learn.chapters import muon
 from sheepop.learn.formula import Formula, Meaning
-from sheepop.learn.functions import Applied
-from sheepop.learn.notation import C, array, equals, i, j, matrix_product, matrix_sum, over, plus, ratio, root, times
+from sheepop.learn.notation import array, equals, i, j, over, plus, ratio, times
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.adamw import AdamW
 from sheepop.training.distributed import World
-from sheepop.training.muon import COEFFICIENTS, Muon, newton_schulz, orthogonalize
 from sheepop.training.state import Learner, TrainingState
 from sheepop.training.step import MicroBatch, train_step
 from sheepop.utils.devices import FP32
 
 M, M_BEFORE, M_HAT, V2, V_BEFORE, V_HAT = sympy.symbols(r"m_n m_{n-1} \hat{m}_n v_n v_{n-1} \hat{v}_n")
 WEIGHT, WEIGHT_BEFORE, GRADIENT = sympy.symbols(r"\theta_n \theta_{n-1} g_n")
-BETA1, BETA2, STEP, RATE, DECAY, EPSILON, MU = sympy.symbols("beta_1 beta_2 n eta lambda epsilon mu")
-ROWS = sympy.Symbol("R", integer=True, positive=True)
+BETA1, BETA2, STEP, RATE, DECAY, EPSILON = sympy.symbols("beta_1 beta_2 n eta lambda epsilon")
 N = sympy.Symbol("N", integer=True, positive=True)
-CUBIC, QUINTIC, LINEAR = sympy.symbols("b c a")
-
-
-def matrix(name: str) -> sympy.MatrixSymbol:
-    """Return a matrix of the size of a weight."""
-    return sympy.MatrixSymbol(name, ROWS, C)
-
 
 TEXTS = {
     M.name: "momentum of each weight: a running mean of its gradients",
@@ -48,27 +38,12 @@ TEXTS = {
     "eta": "learning rate",
     "lambda": "weight decay",
     "epsilon": "a little, so that nothing is divided by 0",
-    "mu": "share of the momentum that is kept",
-    "R": "rows of the weight",
-    "C": "columns of the weight",
-    "B_n": "running sum of gradients",
-    "B_{n-1}": "the same one step before, 0 at first",
-    "G_n": "gradient of the loss by the weight, a matrix",
-    "W_n": "the weight after the step",
-    "W_{n-1}": "the weight before it",
-    "NewtonSchulz": "division by the Frobenius norm, and five rounds of the iteration",
-    "X": "a matrix whose singular values are at most 1, with R no larger than C",
-    "Y": "the same with its singular values nearer to 1",
-    "a": f"{COEFFICIENTS[0]}",
-    "b": f"{COEFFICIENTS[1]}",
-    "c": f"{COEFFICIENTS[2]}",
 }
 
 
-def meanings(*symbols: sympy.Symbol | str) -> dict[str, Meaning]:
+def meanings(*symbols: sympy.Symbol) -> dict[str, Meaning]:
     """Return the meanings of these symbols."""
-    names = [symbol if isinstance(symbol, str) else symbol.name for symbol in symbols]
-    return {name: Meaning(TEXTS[name]) for name in names}
+    return {symbol.name: Meaning(TEXTS[symbol.name]) for symbol in symbols}
 
 
 def adamw_run(random: np.random.Generator, **changed: Any) -> dict[str, Any]:
@@ -129,54 +104,6 @@ def sample_adamw_update(random: np.random.Generator) -> tuple[dict[str, Any], to
     return chosen(found, WEIGHT, WEIGHT_BEFORE, M_HAT, V_HAT, RATE, DECAY, EPSILON)
 
 
-def muon_run(random: np.random.Generator) -> dict[str, Any]:
-    """Return what the last of some steps of Muon found and left, by the formulas' names, in float64."""
-    weight, other = torch.from_numpy(random.standard_normal((3, 5))), torch.zeros(1)
-    group = {"params": [weight], "lr": 0.1, "weight_decay": 0.3}
-    others = {"params": [other], "lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
-    optimizer = Muon([group], [others], momentum=0.9, dtype=torch.float64)
-    momentum, before = torch.zeros(3, 5), weight
-    for _ in range(int(random.integers(1, 5))):
-        momentum = optimizer.state[weight].get("momentum", momentum).clone()
-        weight.grad, before = torch.from_numpy(random.standard_normal((3, 5))), weight.clone()
-        optimizer.step()
-
-    def orthogonal(direction: NDArray[np.float64]) -> NDArray[np.float64]:
-        return orthogonalize(torch.from_numpy(direction)[None])[0].numpy()
-
-    return {
-        "B_{n-1}": momentum,
-        "B_n": optimizer.state[weight]["momentum"],
-        "G_n": weight.grad,
-        "W_{n-1}": before,
-        "W_n": weight,
-        "mu": 0.9,
-        "eta": 0.1,
-        "lambda": 0.3,
-        "NewtonSchulz": orthogonal,
-    }
-
-
-def sample_muon_momentum(random: np.random.Generator) -> tuple[dict[str, Any], torch.Tensor]:
-    """Return gradient and sum before, and the sum after a step."""
-    found = muon_run(random)
-    return {name: found[name] for name in ("B_{n-1}", "G_n", "mu")}, found["B_n"]
-
-
-def sample_newton_schulz(random: np.random.Generator) -> tuple[dict[str, Any], torch.Tensor]:
-    """Return a wide matrix and what one round makes of it."""
-    given = torch.from_numpy(random.standard_normal((3, 5)))
-    given /= given.norm()
-    a, b, c = COEFFICIENTS
-    return {"X": given, "a": a, "b": b, "c": c}, newton_schulz(given[None])[0]
-
-
-def sample_muon_update(random: np.random.Generator) -> tuple[dict[str, Any], torch.Tensor]:
-    """Return a weight before and after a step, and what moves it."""
-    found = muon_run(random)
-    return {name: found[name] for name in MUON_UPDATE}, found["W_n"]
-
-
 class Watching(torch.optim.Optimizer):
     """Keeps the gradients that it is given and moves nothing."""
 
@@ -215,7 +142,6 @@ def sample_clipping(random: np.random.Generator) -> tuple[dict[str, Any], torch.
 
 ADAMW, KERNEL = "sheepop.training.adamw:AdamW.step", "torch._fused_adamw_("
 KINGMA = "Kingma and Ba 2015, Adam, algorithm 1"
-JORDAN = "Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks"
 
 MOMENTUM_CORRECTION = Formula(
     name="adamw_momentum_correction",
@@ -252,9 +178,9 @@ SECOND_CORRECTION = Formula(
         tell you that the road is smooth, and you would go much too fast.
     """,
     scientists="""
-        As for the momentum, with β₂. Because β₂ is nearer to 1, the second moment is the more biased one: without
-        correction the first steps would be too long, by up to (1 - β₁)/√(1 - β₂), about 0.45 at β₁ = 0.9, β₂ = 0.95
-        and 3.2 at β₂ = 0.999.
+        As for the momentum, with β₂. Without either correction the first step would be (1 - β₁)/√(1 - β₂) times as
+        long: 0.45 times at β₁ = 0.9 and β₂ = 0.95, and 3.2 times at β₂ = 0.999, where the bias stays for thousands of
+        steps.
     """,
     pitfalls="""
         Correcting one moment and not the other; taking the root first and then dividing by 1 - β₂ⁿ instead of its root.
@@ -262,7 +188,6 @@ SECOND_CORRECTION = Formula(
     source=f"{KINGMA} and section 3",
     sample=sample_second_correction,
 )
-MUON_UPDATE = ("W_{n-1}", "B_n", "G_n", "mu", "eta", "lambda", "NewtonSchulz")
 
 FORMULAS = (
     Formula(
@@ -341,92 +266,7 @@ FORMULAS = (
         source="Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, algorithm 2",
         sample=sample_adamw_update,
     ),
-    Formula(
-        name="muon_momentum",
-        title="Muon: momentum",
-        equation=equals(matrix("B_n"), matrix_sum(matrix_product(MU, matrix("B_{n-1}")), matrix("G_n"))),
-        meanings=meanings("B_n", "B_{n-1}", "G_n", MU, "R", "C"),
-        code="sheepop.training.muon:Muon.step",
-        line='momentum = state["momentum"].mul_',
-        kids="""
-            A sledge on snow keeps most of its speed, and every push is added to it. Many pushes the same way make it
-            fast, and pushes to and fro cancel each other.
-        """,
-        scientists="""
-            A running sum, not a mean: under a constant gradient it grows to 1/(1 - μ) times that. Its scale does not
-            matter, since the iteration that follows divides by the norm, and only the direction of the matrix is used.
-        """,
-        pitfalls="""
-            Carrying AdamW's factor 1 - μ over to the sum alone and not to the gradient that Nesterov's step adds.
-        """,
-        source=JORDAN,
-        sample=sample_muon_momentum,
-    ),
-    Formula(
-        name="muon_orthogonalization",
-        title="Muon: one round of Newton and Schulz",
-        equation=equals(
-            matrix("Y"),
-            matrix_sum(
-                matrix_product(LINEAR, matrix("X")),
-                matrix_product(CUBIC, matrix("X"), matrix("X").T, matrix("X")),
-                matrix_product(QUINTIC, sympy.MatPow(matrix_product(matrix("X"), matrix("X").T), 2), matrix("X")),
-            ),
-        ),
-        meanings=meanings("Y", "X", "a", "b", "c", "R", "C"),
-        code="sheepop.training.muon:newton_schulz",
-        line="return torch.baddbmm(matrices, polynomial, matrices",
-        kids="""
-            A lump of dough is long in one direction and thin in the others. Each round presses the long sides and pulls
-            the thin ones, until it is about as wide every way, but lies just as it lay.
-        """,
-        scientists="""
-            An odd polynomial of a matrix acts on its singular values alone: each s becomes as + bs³ + cs⁵, while the
-            singular vectors stay. The coefficients are steep at 0, so that five rounds lift small values to between
-            about 0.7 and 1.2. It needs products of matrices only, no decomposition.
-        """,
-        pitfalls="""
-            Starting with singular values above 1, where the polynomial can leave its range: divide by the norm first.
-            On tall matrices it gives the same, but with the larger of the two products, so they are transposed.
-        """,
-        source=JORDAN,
-        sample=sample_newton_schulz,
-    ),
-    Formula(
-        name="muon_update",
-        title="Muon: the step",
-        equation=equals(
-            matrix("W_n"),
-            matrix_sum(
-                matrix_product(plus(1, -times(RATE, DECAY)), matrix("W_{n-1}")),
-                matrix_product(
-                    times(sympy.Float("-0.2"), RATE, root(sympy.Max(ROWS, C))),
-                    Applied(
-                        sympy.Symbol("NewtonSchulz"),
-                        matrix_sum(matrix("G_n"), matrix_product(MU, matrix("B_n"))),
-                    ),
-                ),
-            ),
-        ),
-        meanings=meanings("W_n", *MUON_UPDATE, "R", "C"),
-        code="sheepop.training.muon:Muon.step",
-        line="weight.add_(update.to(weight.dtype), alpha=-rate)",
-        kids="""
-            Imagine rowing with many oars. Usually a few strong rowers decide where the boat goes; here everybody pulls
-            equally hard, and the boat moves in all the directions that anybody wanted.
-        """,
-        scientists="""
-            The step is about the nearest orthogonal matrix to the gradient with Nesterov's momentum, which is steepest
-            descent under the spectral norm. 0.2 times the root of the larger side gives its entries about the root mean
-            square of AdamW's steps (Liu et al. 2025), so one rate and one decay serve both.
-        """,
-        pitfalls="""
-            Using it for embeddings, the head, norms or biases, which belong to AdamW; making queries, keys and values
-            orthogonal as one matrix, when they are three.
-        """,
-        source=f"{JORDAN}; size: Liu et al. 2025, Muon is Scalable for LLM Training",
-        sample=sample_muon_update,
-    ),
+    *muon.FORMULAS,
     Formula(
         name="gradient_clipping",
         title="Gradient clipping",

@@ -18,7 +18,8 @@ lint: venv/.ready
 	venv/bin/mypy
 	venv/bin/lint-imports
 
-# The pages of docs/ that are made from the code, then all of it as a site in build/site, which opens without a server.
+# What the pages have from the code, tables and diagrams, then all pages as a site in build/site, which opens without a
+# server. A test fails when a page is out of date.
 docs: venv/.ready
 	venv/bin/python docs/generate.py
 	PYTHONPATH=docs venv/bin/python -m website

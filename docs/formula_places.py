@@ -1,6 +1,11 @@
 """Formulas as pages have them, from `sheepop/learn/formulas.py`: equation, letters, voices, pitfalls, source, code."""
 
+import contextlib
+import io
 import re
+import textwrap
+import tokenize
+from pathlib import Path
 
 import sympy
 
@@ -9,11 +14,13 @@ from sheepop.learn.formula import Formula
 from sheepop.learn.formulas import CHAPTERS, formula_of
 from sheepop.learn.notation import SIZES, counters
 
+MOST_LINES = 10  # of a statement that is shown whole
+
 
 def formula_text(name: str) -> str:
     """Return all that a chapter says of a formula."""
     formula = formula_of(name)
-    file, _, line = formula.implementation()
+    file, number, _ = formula.implementation()
     module, _, path = formula.code.partition(":")
     where = module.replace(".", "/") + ("/__init__" if file.stem == "__init__" else "") + ".py"
     parts = [
@@ -23,10 +30,32 @@ def formula_text(name: str) -> str:
         f"**For kids.** {formula.kids}",
         f"**For scientists.** {formula.scientists}",
         f"**What usually goes wrong.** {formula.pitfalls}",
-        f"Source: {formula.source}. In the code it is this line of `{path}` in `{where}`:",
-        f"```py\n{line}\n```",
+        f"Source: {formula.source}. In the code, `{path}` in `{where}`:",
+        f"```py\n{statement_at(file, number)}\n```",
     ]
     return "\n\n".join(parts)
+
+
+def statement_at(file: Path, number: int) -> str:
+    """Return a line of code, with those that follow where brackets are still open; of many, the first and the last."""
+    lines = file.read_text(encoding="utf-8").splitlines()[number - 1 :]
+    taken = 1
+    while taken < len(lines) and not is_closed("\n".join(lines[:taken])):
+        taken += 1
+    if taken > MOST_LINES:
+        indent = lines[1][: len(lines[1]) - len(lines[1].lstrip())]
+        return textwrap.dedent("\n".join((lines[0], f"{indent}...", lines[taken - 1])))
+    return textwrap.dedent("\n".join(lines[:taken]))
+
+
+def is_closed(code: str) -> bool:
+    """Say whether all brackets that some code opens are closed; it may begin inside of others."""
+    depth = 0
+    # The end may come inside of brackets.
+    with contextlib.suppress(tokenize.TokenError, IndentationError):
+        for token in tokenize.generate_tokens(io.StringIO(code.lstrip()).readline):
+            depth += (token.string in "([{") - (token.string in ")]}") if token.type == tokenize.OP else 0
+    return depth <= 0
 
 
 def equation_text(name: str, up: str) -> str:

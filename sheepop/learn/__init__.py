@@ -1,1 +1,1 @@
-"""Explanation: what happens inside a model, and the formulas for it, on real numbers."""
+"""What explains the model and its code: formulas on real numbers, traces of runs, pictures."""

@@ -1,1 +1,1 @@
-"""Floor 0: errors, atomic files, seeds, devices, logging."""
+"""Errors, atomic files, seeds, devices, logging."""

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from formula_places import equation_text, formula_text, slug
+from formula_places import equation_text, formula_text, slug, statement_at
 from places import fill, names_in, outside_of_places
 from worked_examples import EXAMPLES, announcement
 
@@ -68,6 +68,15 @@ def test_a_formula_is_told_with_all_that_belongs_to_it(formula: Formula) -> None
     assert f"../chapters/{next(c for c, f in CHAPTERS.items() if formula in f)}.md#{slug(formula.title)}" in (
         equation_text(formula.name, "../")
     )
+
+
+def test_a_statement_over_several_lines_is_shown_as_one(tmp_path: Path) -> None:
+    code = tmp_path / "code.py"
+    arguments = "".join(f"        {name},\n" for name in "abcdefghijkl")
+    code.write_text(f"if True:\n    x = (1 +\n        2)\n    y = f(\n{arguments}    )\n", encoding="utf-8")
+    assert statement_at(code, 2) == "x = (1 +\n    2)"
+    assert statement_at(code, 3) == "2)"
+    assert statement_at(code, 4) == "y = f(\n    ...\n)"
 
 
 def test_letters_are_told_by_what_they_count() -> None:

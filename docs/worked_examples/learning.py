@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sheepop.config import TrainingConfig
+from sheepop.data.dataset import IGNORE_INDEX
 from sheepop.evaluation.perplexity import bits_per_byte, perplexity
 from sheepop.evaluation.plots import LIGHT, RunRecord, render
 from sheepop.models.transformer import TransformerModel
@@ -18,33 +19,48 @@ from sheepop.training.schedule import learning_rate_at
 from worked_examples.run import TINY_CHARACTERS, ExampleRun, record_by_heart, table
 
 ROWS, LENGTH = 8, 32  # of the small batches of these examples
+CONTEXT = 5  # tokens before the three that are predicted
 
 
 def loss(run: ExampleRun) -> str:
     """Three predictions, their loss and its perplexity."""
-    ids = run.held_out[40:44]
+    start = start_of_words(run)
+    ids = run.held_out[start : start + CONTEXT + 3]
     with torch.inference_mode():
-        shares = run.model(ids[None, :-1])[0].softmax(dim=-1)  # (3, V)
-        summed = float(run.model(ids[None, :-1], targets=ids[None, 1:]))
+        shares = run.model(ids[None, :-1])[0, CONTEXT - 1 :].softmax(dim=-1)  # (3, V)
+        targets = ids[1:].clone()
+        targets[: CONTEXT - 1] = IGNORE_INDEX
+        summed = float(run.model(ids[None, :-1], targets=targets[None]))
     rows, nats = [], []
-    for place, target in enumerate(map(int, ids[1:])):
+    for place, target in enumerate(ids[CONTEXT:].tolist()):
         share = float(shares[place, target])
         nats.append(-math.log(share))
-        seen = " ".join(run.piece(int(token)) for token in ids[: place + 1])
-        rows.append((seen, run.piece(target), f"{share:.2%}", nats[-1]))
+        read = " ".join(run.piece(token) for token in ids[: CONTEXT + place].tolist())
+        rows.append((read, run.piece(target), f"{share:.2%}", nats[-1]))
     mean = sum(nats) / 3
     assert math.isclose(sum(nats), summed, rel_tol=1e-4)
-    num_bytes = len(run.tokenizer.decode(ids[1:].tolist()).encode())
+    num_bytes = len(run.tokenizer.decode(ids[CONTEXT:].tolist()).encode())
     bits = bits_per_byte(mean, tokens=3, num_bytes=num_bytes)
     assert math.isclose(bits * num_bytes, sum(nats) / math.log(2), rel_tol=1e-6)
     return (
-        f"Three predictions in text that was held out:\n\n"
+        f"Three predictions in text that was held out, about as hard as most:\n\n"
         f"{table(('has read', 'what comes', 'probability p that it gave', '−ln p'), rows)}\n\n"
         f"The loss is the mean of the last column, **{mean:.3f}** nats per token. Its perplexity is "
         f"e^{mean:.3f} = **{perplexity(mean):.1f}**: as unsure as among so many equally likely tokens. The three "
         f"tokens are {num_bytes} bytes of text, so this is {mean:.3f} / ln 2 · 3 / {num_bytes} = **{bits:.3f}** bits "
         "per byte."
     )
+
+
+def start_of_words(run: ExampleRun) -> int:
+    """Return where in the held-out text tokens begin that are all words or parts of them, and about as hard as most."""
+    are_words = [run.tokenizer.token_text(token).strip().isalpha() for token in run.held_out.tolist()]
+    starts = [place for place in range(len(are_words) - CONTEXT) if all(are_words[place : place + CONTEXT + 3])]
+    ids = torch.stack([run.held_out[start : start + CONTEXT + 3] for start in starts[:100]])
+    with torch.inference_mode():
+        logarithms = run.model(ids[:, :-1])[:, CONTEXT - 1 :].log_softmax(dim=-1)  # (N, 3, V)
+    losses = -logarithms.gather(-1, ids[:, CONTEXT:, None]).mean(dim=(1, 2))
+    return starts[int((losses - run.record.val[-1]["loss"]).abs().argmin())]
 
 
 def gradients(run: ExampleRun, model: TransformerModel, start: int) -> Tensor:
@@ -154,7 +170,7 @@ def curves(run: ExampleRun) -> str:
     assert last["loss"] < first["loss"] < math.log(run.config.model.vocab_size)
     blind = math.log(run.config.model.vocab_size)
     captions = {
-        "loss": f"It begins near ln {run.config.model.vocab_size} = {blind:.2f}, blind guessing, and the validation "
+        "loss": f"It begins near ln {run.config.model.vocab_size:,} = {blind:.2f}, blind guessing, and the validation "
         f"ends at {last['loss']:.3f}.",
         "learning_rate": "Up during warm-up, then down along half a cosine.",
         "grad_norm": "High and uneven at first, then quiet.",

@@ -18,7 +18,7 @@ def tokens(run: ExampleRun) -> str:
     letters = Tokenizer.train("char", [TEXT], vocab_size=100)
     assert len(letters.encode(TEXT)) == len(TEXT)
     rows = [
-        (f"byte-level BPE of {run.tokenizer.vocab_size} entries", *shown(run.tokenizer, own)),
+        (f"byte-level BPE of {run.tokenizer.vocab_size:,} entries", *shown(run.tokenizer, own)),
         ("characters", *shown(letters, letters.encode(TEXT))),
     ]
     return (

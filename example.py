@@ -2,27 +2,25 @@
 
 Run it with `python3 example.py`, and read along: every part is a few lines. It uses the functions that the commands of
 sheepop use, so what you see here is what `sheepop train` and `sheepop generate` do, without files and checkpoints.
+The notebooks in `notebooks/` stop at each part for longer.
 """
 
-from typing import Any
+import math
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from sheepop.config import ModelConfig, TrainingConfig
-from sheepop.data.corpora import clean_play, installed_files
 from sheepop.data.dataset import num_windows, read_windows
 from sheepop.data.sampler import Sampler
-from sheepop.data.tokenizer import Tokenizer
+from sheepop.data.tokenizer import Tokenizer, bytes_per_token
 from sheepop.generation.completion import complete
 from sheepop.generation.sampling import SamplingSettings
-from sheepop.models.attention import attention
+from sheepop.learn.lessons import held_out_loss, some_text
+from sheepop.learn.trace import trace
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.loss import summed_cross_entropy
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.schedule import learning_rate_at
-from sheepop.utils.errors import DataError
 
 SEED = 1
 CONTEXT = 64  # tokens that the model sees at once
@@ -34,22 +32,13 @@ def heading(number: int, title: str) -> None:
     print(f"\n=== {number}. {title} ===")
 
 
-def read_some_text() -> str:
-    """Return a megabyte of plays, or of Python's own library where the plays are not installed."""
-    try:
-        text = "\n\n".join(clean_play(file.read_text(encoding="utf-8")) for file in installed_files("plays")[:8])
-    except DataError:
-        text = "\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in installed_files("python"))
-    return text[:1_000_000]
-
-
 def main() -> None:
     """Walk through the five parts."""
     torch.manual_seed(SEED)
 
     heading(1, "Text")
-    text = read_some_text()
-    print(f"{len(text):,} characters. Somewhere in the middle they read:\n\n{text[500_000:500_250].strip()}")
+    name, text = some_text()
+    print(f"{len(text):,} characters of {name}. Somewhere they read:\n\n{text[500_000:500_250].strip()}")
 
     heading(2, "Tokens")
     # A model works on numbers. The tokenizer starts from single bytes and then, again and again, joins the pair of
@@ -59,12 +48,11 @@ def main() -> None:
     token_ids = tokenizer.encode(phrase)
     print(f"{phrase!r} is cut into {[tokenizer.token_text(token_id) for token_id in token_ids]},")
     print(f"which the model sees as {token_ids}, and which can be put together again: {tokenizer.decode(token_ids)!r}")
-    tokens = np.array(tokenizer.encode(text))
+    tokens = tokenizer.encode_array(text)
     held_out = len(tokens) // 20
     train_tokens, val_tokens = tokens[:-held_out], tokens[-held_out:]
-    print(
-        f"The whole text is {len(tokens):,} tokens. The last {held_out:,} are held out: the model never trains on them."
-    )
+    print(f"The whole text is {len(tokens):,} tokens of {bytes_per_token(tokenizer, [text]):.2f} bytes on average.")
+    print(f"The last {held_out:,} are held out: the model never trains on them, so that we can see what it understood.")
 
     heading(3, "Training")
     config = ModelConfig(
@@ -87,7 +75,8 @@ def main() -> None:
         seed=SEED,
     )
     print(f"A transformer with {sum(weight.numel() for weight in model.parameters()):,} random weights.")
-    blind = np.log(config.vocab_size)
+    print("The loss says how surprised it is by each next token: -ln of the probability that it gave to that token.")
+    blind = math.log(config.vocab_size)
     print(f"Guessing blindly among {config.vocab_size} tokens costs ln {config.vocab_size} = {blind:.2f} nats a token.")
     for step in range(STEPS):
         if step % 100 == 0:
@@ -97,7 +86,7 @@ def main() -> None:
         inputs, targets = read_windows(train_tokens, sampler.windows_of(step) * CONTEXT, CONTEXT)
         logits = model(torch.from_numpy(inputs))  # (B, T, V): a score for each token of the vocabulary at each place
         wanted = torch.from_numpy(targets)
-        loss = summed_cross_entropy(logits, wanted) / wanted.numel()
+        loss = summed_cross_entropy(logits, wanted) / (wanted >= 0).sum()
         # The gradient tells for each weight which way to move it so that the loss falls; the optimizer moves it a bit.
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -105,7 +94,9 @@ def main() -> None:
             group["lr"] = learning_rate_at(step, STEPS, training)
         optimizer.step()
         optimizer.zero_grad()
-    print(f"step {STEPS}: loss on held-out text {held_out_loss(model, val_tokens):.3f}")
+    final = held_out_loss(model, val_tokens)
+    print(f"step {STEPS}: loss on held-out text {final:.3f}")
+    print(f"It hesitates as if among e^{final:.2f} = {math.exp(final):.0f} tokens now, no longer {config.vocab_size}.")
 
     heading(4, "Generation")
     # The model gives a probability to every token; one is drawn, appended, and the longer text goes in again.
@@ -115,54 +106,38 @@ def main() -> None:
     print("At temperature 0 it always takes the likeliest token, and soon repeats itself; a little chance helps.")
 
     heading(5, "A look inside")
+    # A trace is one real forward pass, with the tensors at the model's named points kept.
     token_ids = tokenizer.encode(prompt)
-    weights, logits = look_inside(model, torch.tensor([token_ids]))
-    print(f"After {prompt!r}, its five best guesses for the next token:")
-    probabilities = logits.softmax(dim=-1)
-    for probability, token_id in zip(*probabilities.topk(5), strict=True):
+    seen = trace(model, token_ids)
+    names = [tokenizer.token_text(token_id) for token_id in token_ids]
+    print(f"A trace of {prompt!r} has {len(seen)} tensors. After the last token, the five best guesses are:")
+    for probability, token_id in zip(*seen["logits"][-1].softmax(dim=-1).topk(5), strict=True):
         print(f"  {probability:6.1%}  {tokenizer.token_text(int(token_id))!r}")
     # How much each token (row) looks at each earlier one (column), in one head of the last block. A row sums to 1, and
     # there is nothing above the diagonal: no token sees its future.
+    last = config.num_layers - 1
+    weights = seen[f"blocks.{last}.attention.weights"][0]  # (T, T), of head 0
     print("Where head 0 of the last block looks, in percent:")
-    names = [tokenizer.token_text(token_id) for token_id in token_ids]
     print(" " * 8 + "".join(f"{name!r:>8}" for name in names))
     for row, name in enumerate(names):
-        print(f"{name!r:>8}" + "".join(f"{100 * weight:8.0f}" for weight in weights[0, 0, row, : row + 1].tolist()))
-    print("\nNext: `sheepop demo` trains a larger model for some minutes; docs/architecture.md tells how it all works.")
-
-
-@torch.no_grad()
-def held_out_loss(model: TransformerModel, tokens: np.ndarray) -> float:
-    """Return the mean loss in nats per token over a part of text that the model was not trained on."""
-    inputs, targets = read_windows(tokens, np.arange(32) * CONTEXT, CONTEXT)
-    return float(summed_cross_entropy(model(torch.from_numpy(inputs)), torch.from_numpy(targets)) / targets.size)
+        print(f"{name!r:>8}" + "".join(f"{100 * weight:8.0f}" for weight in weights[row, : row + 1].tolist()))
+    # Each block adds to what it was given. Norm and head can read that half-way, too: what would the answer be now?
+    print("What it would say if it were stopped after each block:")
+    for layer in range(config.num_layers):
+        with torch.no_grad():
+            logits = model.logits(model.final_norm(seen[f"blocks.{layer}.output"][-1]))
+        probability, token_id = logits.softmax(dim=-1).max(dim=-1)
+        print(f"  after block {layer}: {tokenizer.token_text(int(token_id))!r} with {probability:.1%}")
+    print(
+        "\nNext: the notebooks in notebooks/ explain each part; `sheepop demo` trains a larger model for some minutes;"
+    )
+    print("docs/architecture.md tells how it all works.")
 
 
 def write(model: TransformerModel, tokenizer: Tokenizer, prompt: str, tokens: int, temperature: float = 0.8) -> str:
     """Return what the model writes after a prompt."""
     settings = SamplingSettings(temperature=temperature)
     return complete(model, tokenizer, prompt, settings, max_new_tokens=tokens, seed=SEED).completions[0].text
-
-
-@torch.no_grad()
-def look_inside(model: TransformerModel, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the attention weights of the last block, (B, H, T, T), and the logits of the next token, (V,).
-
-    Attention is a weighted mean of values. With the unit vectors as values, what comes out is the weights themselves.
-    """
-    layer = model.blocks[-1].attention
-    seen: list[Tensor] = []
-
-    def spy(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        time = key.shape[2]
-        unit_vectors = torch.eye(time).expand(*key.shape[:2], time, time)  # (B, K, T, T)
-        seen.append(attention(query, key, unit_vectors, **options))
-        return attention(query, key, value, **options)
-
-    usual, layer.attention = layer.attention, spy
-    logits = model(token_ids)[0, -1]
-    layer.attention = usual
-    return seen[0], logits
 
 
 if __name__ == "__main__":

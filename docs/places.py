@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 Make = Callable[[str], str]
 PLACE = re.compile(r"<!-- (formula|equation|example): (\w+) -->\n(.*?)<!-- end of \1 -->\n", re.DOTALL)
+SUMMARY = re.compile(r"<!-- formulas: summary -->\n.*?<!-- end of formulas -->\n", re.DOTALL)
 
 
 def fill(page: str, makers: Mapping[str, Make]) -> str:
@@ -30,8 +31,8 @@ def names_in(page: str, kind: str) -> list[str]:
 
 
 def outside_of_places(page: str) -> str:
-    """Return what of a page is written by hand."""
-    return PLACE.sub("", page)
+    """Return what of a page is written by hand; the table of all formulas has marks of its own (`generate.py`)."""
+    return SUMMARY.sub("", PLACE.sub("", page))
 
 
 def fill_from_code(page: str, name: str) -> str:

@@ -105,6 +105,7 @@ def test_generated_pages_are_fresh() -> None:
 def test_a_stale_page_is_named_and_mended(tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     shutil.copytree(PROJECT / "docs", docs)
+    readme = Path(shutil.copy2(PROJECT / "README.md", tmp_path))
     assert generate(docs).returncode == 0
     page = docs / "settings.md"
     fresh = page.read_text(encoding="utf-8")
@@ -117,6 +118,11 @@ def test_a_stale_page_is_named_and_mended(tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8") == stale
     assert generate(docs).returncode == 0
     assert page.read_text(encoding="utf-8") == fresh
+    table = readme.read_text(encoding="utf-8")
+    readme.write_text(table.replace("| concept |", "| idea |"), encoding="utf-8")
+    assert "README.md" in generate(docs, "--check").stderr
+    assert generate(docs).returncode == 0
+    assert readme.read_text(encoding="utf-8") == table
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -135,6 +141,16 @@ def test_the_map_of_the_code_names_every_file() -> None:
     page = (PROJECT / "docs" / "architecture.md").read_text(encoding="utf-8")
     files = {path.name for path in (PROJECT / "sheepop").rglob("*.py")} - {"__init__.py", "__main__.py"}
     assert not sorted(name for name in files if name not in page)
+
+
+def test_the_readme_has_every_paper_that_is_cited() -> None:
+    cited = re.compile(r"[A-Z][A-Za-z-]+ (?:et al\.|and [A-Z][A-Za-z-]+),? \(?[12]\d{3}")
+    sources = [*(PROJECT / "sheepop").rglob("*.py"), *(PROJECT / "notebooks").glob("*.py")]
+    texts = [re.sub(r"\s+(# )?", " ", path.read_text(encoding="utf-8")) for path in sources]
+    papers = {paper.replace("(", "").replace(",", "") for text in texts for paper in cited.findall(text)}
+    page = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").partition("## References")[2].split())
+    assert len(papers) > 40
+    assert not sorted(paper for paper in papers if paper not in page)
 
 
 @pytest.mark.parametrize("module", [info.name for info in pkgutil.walk_packages(sheepop.__path__, "sheepop.")])

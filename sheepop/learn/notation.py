@@ -182,8 +182,8 @@ def counters(equation: sympy.Eq) -> list[tuple[str, str]]:
 
 
 def latex(expression: Any) -> str:
-    """Return LaTeX for Markdown and notebooks."""
-    return str(Printer().doprint(expression))
+    r"""Return LaTeX for Markdown and notebooks. It has no `\operatorname`, which GitHub does not draw."""
+    return str(Printer().doprint(expression)).replace(r"\operatorname", r"\mathrm")
 
 
 def mathml(expression: Any, *, display: bool = True) -> str:

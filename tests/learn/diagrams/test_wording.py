@@ -2,7 +2,7 @@ import ast
 
 import pytest
 
-from sheepop.learn.wording import condition_words, first_sentence, short
+from sheepop.learn.diagrams.wording import condition_words, first_sentence, short
 
 
 @pytest.mark.parametrize(

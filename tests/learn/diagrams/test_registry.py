@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from sheepop.learn.diagrams import all_diagrams
+from sheepop.learn.diagrams.registry import all_diagrams
 
-PROJECT = Path(__file__).parents[2]
+PROJECT = Path(__file__).parents[3]
 FLOORS = [
     ["cli"],
     ["learn"],

@@ -3,7 +3,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sheepop.learn.flowchart import Flowchart, Node, without_implied
+from sheepop.learn.diagrams.flowchart import Flowchart, Node, without_implied
 
 labels = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="`"), min_size=1, max_size=9)
 places = st.sampled_from("abcdefg")

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from itertools import pairwise, product
 from pathlib import Path
 
-from sheepop.learn.flowchart import Flowchart, Node, without_implied, wrap
-from sheepop.learn.wording import first_sentence, short
+from sheepop.learn.diagrams.flowchart import Flowchart, Node, without_implied, wrap
+from sheepop.learn.diagrams.wording import first_sentence, short
 
 WIDTH = 24
 

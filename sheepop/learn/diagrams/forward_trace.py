@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sheepop.config import ModelConfig
-from sheepop.learn.wording import first_sentence
+from sheepop.learn.diagrams.wording import first_sentence
 from sheepop.models.transformer import TransformerModel
 
 LEAST_NAMED = 3  # sizes below it, as that of a pair, are too common to have letters

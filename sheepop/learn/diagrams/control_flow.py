@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sheepop.learn.code_reading import (
+from sheepop.learn.diagrams.code_reading import (
     LOOKING_ON,
     Scope,
     calls_in,
@@ -24,8 +24,8 @@ from sheepop.learn.code_reading import (
     name_of,
     title_of,
 )
-from sheepop.learn.flowchart import Flowchart, Node, wrap
-from sheepop.learn.wording import PREDICATES, condition_words, first_sentence, name_words, short
+from sheepop.learn.diagrams.flowchart import Flowchart, Node, wrap
+from sheepop.learn.diagrams.wording import PREDICATES, condition_words, first_sentence, name_words, short
 
 BOX_WIDTH = 28  # characters a line
 DECISION_WIDTH = 18  # of a diamond, which is twice as wide as what it holds

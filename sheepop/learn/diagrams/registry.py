@@ -12,10 +12,10 @@ from sheepop.config import ModelConfig, load_config
 from sheepop.data import gather, gathered, prepare
 from sheepop.generation.engine import generate_cached
 from sheepop.generation.generate import generate_naive
-from sheepop.learn.control_flow import function_diagram, loop_diagram
-from sheepop.learn.model_diagrams import attention_diagram, block_diagram, stack_diagram
-from sheepop.learn.module_map import file_map, package_map
-from sheepop.learn.steps import steps_diagram
+from sheepop.learn.diagrams.control_flow import function_diagram, loop_diagram
+from sheepop.learn.diagrams.model_diagrams import attention_diagram, block_diagram, stack_diagram
+from sheepop.learn.diagrams.module_map import file_map, package_map
+from sheepop.learn.diagrams.steps import steps_diagram
 from sheepop.training.batches import batch_loader
 from sheepop.training.step import train_step
 from sheepop.training.trainer import finish_step, train

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sheepop.learn.code_reading import (
+from sheepop.learn.diagrams.code_reading import (
     Scope,
     calls_in,
     function_of,
@@ -21,8 +21,8 @@ from sheepop.learn.code_reading import (
     name_of,
     title_of,
 )
-from sheepop.learn.flowchart import Flowchart, Node, wrap
-from sheepop.learn.wording import PREDICATES, condition_words, first_sentence, name_words, short
+from sheepop.learn.diagrams.flowchart import Flowchart, Node, wrap
+from sheepop.learn.diagrams.wording import PREDICATES, condition_words, first_sentence, name_words, short
 
 WIDTH = 40  # characters a line of a box
 SHARE_OF_WORK = "sheepop.data.parts.Unit"  # who takes or gives one shares the work out, and does none of it

@@ -1,7 +1,7 @@
 from typing import Any
 
 from sheepop.generation.generate import generate_naive
-from sheepop.learn.control_flow import function_diagram, loop_diagram
+from sheepop.learn.diagrams.control_flow import function_diagram, loop_diagram
 from sheepop.training.step import train_step
 from sheepop.training.trainer import finish_step, train
 

@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass, replace
 
 from sheepop.config import ModelConfig
-from sheepop.learn.flowchart import Flowchart, Node, wrap
-from sheepop.learn.forward_trace import Call, ForwardTrace, Operation, module_kind, trace_forward
-from sheepop.learn.wording import short
+from sheepop.learn.diagrams.flowchart import Flowchart, Node, wrap
+from sheepop.learn.diagrams.forward_trace import Call, ForwardTrace, Operation, module_kind, trace_forward
+from sheepop.learn.diagrams.wording import short
 
 # Operations that lay the same numbers out anew: arrows pass through them.
 LAYOUT = frozenset(

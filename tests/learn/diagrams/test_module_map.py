@@ -1,7 +1,7 @@
 from pathlib import Path
 from typing import Any
 
-from sheepop.learn.module_map import file_map, imports_of, package_map
+from sheepop.learn.diagrams.module_map import file_map, imports_of, package_map
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:

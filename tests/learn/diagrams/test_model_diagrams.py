@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sheepop.config import ModelConfig
-from sheepop.learn.forward_trace import trace_forward
-from sheepop.learn.model_diagrams import attention_diagram, block_diagram, stack_diagram
+from sheepop.learn.diagrams.forward_trace import trace_forward
+from sheepop.learn.diagrams.model_diagrams import attention_diagram, block_diagram, stack_diagram
 from sheepop.models import blocks
 from sheepop.models.optimized_attention import optimized_attention
 from sheepop.models.transformer import TransformerModel

@@ -1,0 +1,1 @@
+"""Diagrams that are drawn from the code itself, as Mermaid."""

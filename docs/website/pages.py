@@ -13,6 +13,8 @@ from places import names_in
 from website.errors import SiteError
 
 ASSETS = Path(__file__).parent / "assets"
+# GitHub's other way to write a formula in a line, which keeps its Markdown out of it.
+BACKTICKED = re.compile(r"\$`([^`\n]+)`\$")
 LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")
 
 # Files that the site needs and that are too large for the repository: each lies in a package, which is installed for
@@ -43,7 +45,7 @@ def gather_pages(project: Path, folder: Path) -> None:
         text = page.read_text(encoding="utf-8")
         goal = folder / page.relative_to(project)
         goal.parent.mkdir(parents=True, exist_ok=True)
-        goal.write_text(with_examples(text), encoding="utf-8")
+        goal.write_text(with_examples(BACKTICKED.sub(r"$\1$", text)), encoding="utf-8")
         for link in LINK.findall(text):
             target = (page.parent / link).resolve()
             if target.suffix != ".md" and target.is_file() and target.is_relative_to(project.resolve()):

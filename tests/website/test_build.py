@@ -65,6 +65,7 @@ def test_a_small_project_becomes_a_site(small_project: Path, tmp_path: Path) -> 
     assert json.loads((site / "settings.json").read_text(encoding="utf-8")) == {}
     table = (site / "docs" / "index.html").read_text(encoding="utf-8")
     assert "<code>x | y</code>" in table
+    assert len(re.findall(r"<math\b", table)) == 2
     chapter = (site / "docs" / "chapters" / "attention.html").read_text(encoding="utf-8")
     assert len(re.findall(r"<math\b", chapter)) == 3
     assert len(re.findall(r"<math display=\"block\"", chapter)) == 2

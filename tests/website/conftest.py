@@ -28,7 +28,8 @@ def small_project(tmp_path: Path) -> Path:
     (project / "settings.json").write_text("{}", encoding="utf-8")
     shutil.copyfile(PROJECT / "docs" / "images" / "demo_loss.png", project / "docs" / "wool.png")
     (project / "docs" / "README.md").write_text(
-        "# Pages\n\n[The start](../README.md)\n\n| a | b |\n| --- | --- |\n| `x \\| y` | $z$ |\n| `w` | $`w_{i} * v_{i}`$ |\n",
+        "# Pages\n\n[The start](../README.md)\n\n"
+        "| a | b |\n| --- | --- |\n| `x \\| y` | $z$ |\n| `w` | $`w_{i} * v_{i}`$ |\n",
         encoding="utf-8",
     )
     (project / "docs" / "chapters" / "attention.md").write_text(

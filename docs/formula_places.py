@@ -43,8 +43,7 @@ def statement_at(file: Path, number: int) -> str:
     while taken < len(lines) and not is_closed("\n".join(lines[:taken])):
         taken += 1
     if taken > MOST_LINES:
-        indent = lines[1][: len(lines[1]) - len(lines[1].lstrip())]
-        return textwrap.dedent("\n".join((lines[0], f"{indent}...", lines[taken - 1])))
+        return f"{lines[0].strip()}...{lines[taken - 1].strip()}"
     return textwrap.dedent("\n".join(lines[:taken]))
 
 

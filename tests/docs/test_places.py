@@ -76,7 +76,7 @@ def test_a_statement_over_several_lines_is_shown_as_one(tmp_path: Path) -> None:
     code.write_text(f"if True:\n    x = (1 +\n        2)\n    y = f(\n{arguments}    )\n", encoding="utf-8")
     assert statement_at(code, 2) == "x = (1 +\n    2)"
     assert statement_at(code, 3) == "2)"
-    assert statement_at(code, 4) == "y = f(\n    ...\n)"
+    assert statement_at(code, 4) == "y = f(...)"
 
 
 def test_letters_are_told_by_what_they_count() -> None:

@@ -1,8 +1,8 @@
-"""Write what the documentation has from the code: `settings.md`, `commands.md`, and the diagrams of all pages.
+"""Write what the documentation has from the code: `settings.md`, `commands.md`, diagrams, and other marked places.
 
 A diagram stands between the marks `<!-- diagram: NAME -->` and `<!-- end of diagram -->`; the names are those of
-`sheepop.learn.diagrams`. `python docs/generate.py` writes; `--check` writes nothing, names each page that is out of
-date and then exits with status 1.
+`sheepop.learn.diagrams`. Formulas and examples have marks of their own (`places.py`). `python docs/generate.py` writes;
+`--check` writes nothing, names each page that is out of date and then exits with status 1.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+from places import fill_from_code
 
 from sheepop import config
 from sheepop.cli import app
@@ -195,10 +196,11 @@ def stale_pages() -> dict[Path, tuple[str, str]]:
         if not path.is_file() or path.read_text(encoding="utf-8") != page:
             stale[path] = (page, "")
     diagrams = Diagrams()
-    for path in sorted({FOLDER.parent / "README.md", *FOLDER.glob("*.md")} - {FOLDER / name for name in PAGES}):
+    for path in sorted({FOLDER.parent / "README.md", *FOLDER.rglob("*.md")} - {FOLDER / name for name in PAGES}):
         if path.is_file():
             before = path.read_text(encoding="utf-8")
             page, changed = diagrams.fill(with_summary(before), name_of(path))
+            page = fill_from_code(page, name_of(path).removeprefix("docs/"))
             if page != before:
                 stale[path] = (page, f" (diagram {', '.join(changed)})" if changed else "")
     return stale

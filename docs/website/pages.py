@@ -8,9 +8,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from places import names_in
+
 from website.errors import SiteError
 
 ASSETS = Path(__file__).parent / "assets"
+# GitHub's other way to write a formula in a line, which keeps its Markdown out of it.
+BACKTICKED = re.compile(r"\$`([^`\n]+)`\$")
 LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")
 
 # Files that the site needs and that are too large for the repository: each lies in a package, which is installed for
@@ -39,7 +43,9 @@ def gather_pages(project: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for page in written_pages(project):
         text = page.read_text(encoding="utf-8")
-        copy_into(project, folder, page)
+        goal = folder / page.relative_to(project)
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        goal.write_text(with_examples(BACKTICKED.sub(r"$\1$", text)), encoding="utf-8")
         for link in LINK.findall(text):
             target = (page.parent / link).resolve()
             if target.suffix != ".md" and target.is_file() and target.is_relative_to(project.resolve()):
@@ -56,6 +62,15 @@ def gather_pages(project: Path, folder: Path) -> None:
 def written_pages(project: Path) -> list[Path]:
     """Return the project's Markdown pages: those at its root and those in docs/, folders below included."""
     return sorted([*project.glob("*.md"), *project.glob("docs/**/*.md")])
+
+
+def with_examples(page: str) -> str:
+    """Return a page with the numbers of its worked examples, for which a small model is trained once."""
+    if not names_in(page, "example"):
+        return page
+    from worked_examples import fill_examples
+
+    return fill_examples(page)
 
 
 def copy_into(project: Path, folder: Path, path: Path) -> None:

@@ -11,30 +11,20 @@ import sympy
 from sympy.printing.latex import LatexPrinter
 from sympy.printing.precedence import PRECEDENCE
 
-from sheepop.learn.functions import Kept
+from sheepop.learn.functions import ArgMax, Kept
 
-# What sizes and indices mean in every formula that does not say otherwise.
-LETTERS = {
-    "B": "texts in a batch",
-    "T": "places that ask",
-    "S": "places that answer",
-    "D": "width of the stream",
+# What sizes count in every formula that does not say otherwise.
+SIZES = {
+    "B": "texts of a batch",
+    "T": "places of the text",
+    "S": "places that can be looked at",
+    "D": "numbers of the stream",
     "H": "heads",
     "H_{KV}": "heads of keys and values",
-    "C": "width of a head",
-    "F": "width inside the feed-forward",
+    "C": "numbers of a head",
+    "F": "numbers inside the feed-forward",
     "V": "entries of the vocabulary",
     "L": "layers",
-    "t": "a place that asks",
-    "s": "a place that answers",
-    "r": "a place, to sum over all that answer",
-    "c": "a number of a head",
-    "i": "a number of the stream",
-    "j": "a number of the stream, to sum over",
-    "f": "a number inside the feed-forward",
-    "h": "a head",
-    "u": "an entry of the vocabulary, to sum over",
-    "v": "an entry of the vocabulary",
 }
 
 # Sizes. T and S are the numbers of query and key places, which agree where a whole text is read.
@@ -177,6 +167,18 @@ class Printer(LatexPrinter):  # type: ignore[misc]
     def _print_Indexed(self, expr: Any) -> str:  # noqa: N802
         base, indices = self._print(expr.base), ", ".join(map(self._print, expr.indices))
         return f"{base}_{{{indices}}}"
+
+
+def counters(equation: sympy.Eq) -> list[tuple[str, str]]:
+    """Return the indices of an equation by name, each with the size that it runs up to."""
+    left = equation.lhs
+    pairs = []
+    if isinstance(left, sympy.Indexed):
+        pairs += [(index, size) for index, size in zip(left.indices, left.base.shape, strict=True) if index.is_Symbol]
+    for added in equation.atoms(sympy.Sum):
+        pairs += [(index, highest + 1) for index, _, highest in added.limits]
+    pairs += [(index, size) for _, index, size in (best.args for best in equation.atoms(ArgMax))]
+    return [(index.name, size.name) for index, size in pairs if size.is_Symbol]
 
 
 def latex(expression: Any) -> str:

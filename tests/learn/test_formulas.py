@@ -10,7 +10,7 @@ from sheepop.data.tokenizer import Tokenizer
 from sheepop.interop.convert import import_model
 from sheepop.learn.formula import Formula, relative_difference
 from sheepop.learn.formulas import CHAPTERS, FORMULAS, formula_of
-from sheepop.learn.notation import LETTERS
+from sheepop.learn.notation import SIZES, counters
 from sheepop.learn.trace import Trace, trace
 from sheepop.models.pretrained import load_pretrained
 from sheepop.utils.errors import ConfigError, DataError
@@ -41,7 +41,7 @@ def test_every_letter_has_one_meaning_and_no_meaning_is_without_its_letter(formu
     equation = formula.equation
     letters = {symbol.name for symbol in equation.atoms(sympy.Symbol, sympy.MatrixSymbol)}
     assert formula.meanings.keys() <= letters
-    assert letters - formula.meanings.keys() <= LETTERS.keys()
+    assert letters - formula.meanings.keys() <= SIZES.keys() | {index for index, _ in counters(formula.equation)}
 
 
 def test_every_formula_is_explained_in_two_voices(formula: Formula) -> None:

@@ -28,7 +28,9 @@ def small_project(tmp_path: Path) -> Path:
     (project / "settings.json").write_text("{}", encoding="utf-8")
     shutil.copyfile(PROJECT / "docs" / "images" / "demo_loss.png", project / "docs" / "wool.png")
     (project / "docs" / "README.md").write_text(
-        "# Pages\n\n[The start](../README.md)\n\n| a | b |\n| --- | --- |\n| `x \\| y` | $z$ |\n", encoding="utf-8"
+        "# Pages\n\n[The start](../README.md)\n\n"
+        "| a | b |\n| --- | --- |\n| `x \\| y` | $z$ |\n| `w` | $`w_{i} * v_{i}`$ |\n",
+        encoding="utf-8",
     )
     (project / "docs" / "chapters" / "attention.md").write_text(
         "# Attention\n\n## The score\n\nA weight $a_{t,s}$ and its sum:\n\n$$\n\\sum_{s \\le t} a_{t,s} = 1\n$$\n\n"

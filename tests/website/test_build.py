@@ -65,6 +65,7 @@ def test_a_small_project_becomes_a_site(small_project: Path, tmp_path: Path) -> 
     assert json.loads((site / "settings.json").read_text(encoding="utf-8")) == {}
     table = (site / "docs" / "index.html").read_text(encoding="utf-8")
     assert "<code>x | y</code>" in table
+    assert len(re.findall(r"<math\b", table)) == 2
     chapter = (site / "docs" / "chapters" / "attention.html").read_text(encoding="utf-8")
     assert len(re.findall(r"<math\b", chapter)) == 3
     assert len(re.findall(r"<math display=\"block\"", chapter)) == 2
@@ -149,6 +150,7 @@ def test_this_project_becomes_a_site_that_opens_from_a_folder(request: Any, tmp_
     browser = request.getfixturevalue("browser")  # what needs none has been checked
     for path in sorted(site.rglob("*.html")):
         text = path.read_text(encoding="utf-8")
+        assert "With the numbers of a real model, in the site" not in text, "an example was not computed"
         page = open_page(browser, path)
         assert page.locator("math").count() == len(re.findall(r"<math\b", text))
         assert page.locator("figure.diagram > svg").count() == text.count('<pre class="diagram">')

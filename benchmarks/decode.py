@@ -10,6 +10,7 @@ and, except for llama.cpp, for `--streams` at once.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -79,13 +80,13 @@ def ours(quantization: str | None) -> Callable[[str, int], dict[str, float]]:
         from sheepop.models.kv_cache import KVCache
 
         model, _ = load_model_and_tokenizer(Path(path), "cpu", quantization)  # type: ignore[arg-type]
-        decode = decoder_for(model) or (lambda token_ids, cache: model(token_ids, cache=cache))
+        decode = decoder_for(model) or functools.partial(model, last_only=True)
 
         def read(rows: int, length: int) -> tuple[KVCache, float]:
             cache = KVCache(model.config, rows, length + WRITTEN)
             token_ids = torch.tensor([prompt_of(length)] * rows)
             began = time.perf_counter()
-            model(token_ids, cache=cache, last_only=True)
+            decode(token_ids, cache=cache)
             return cache, rows * length / (time.perf_counter() - began)
 
         with torch.inference_mode():
@@ -93,10 +94,10 @@ def ours(quantization: str | None) -> Callable[[str, int], dict[str, float]]:
             figures = {"read": prefill}
             for name, rows in (("written", 1), ("written by all streams", streams)):
                 cache, _ = read(rows, PROMPT // 4)
-                decode(torch.ones(rows, 1, dtype=torch.int64), cache)  # compiles
+                decode(torch.ones(rows, 1, dtype=torch.int64), cache=cache)  # compiles
                 cache.length -= 1
                 figures[name] = typical(
-                    lambda token, rows=rows, cache=cache: decode(torch.full((rows, 1), token), cache), rows
+                    lambda token, rows=rows, cache=cache: decode(torch.full((rows, 1), token), cache=cache), rows
                 )
         return figures
 

@@ -49,6 +49,8 @@ __all__ = [
 Kind = Literal["bpe", "char", "word"]
 KINDS: tuple[Kind, ...] = ("bpe", "char", "word")
 # The fast engine takes about a quarter of a second to make: the time in which the general library encodes this much.
+# Bytes of a model's tokenizer file, for each entry and for the rest: known ones have up to 130 an entry.
+LARGEST_ENTRY, LARGEST_REST = 2**9, 2**21
 CHARACTERS_BEFORE_FAST = 300_000
 PROBE_TOKENS = 5000
 # A piece that has characters only the general library can be asked about.
@@ -326,6 +328,12 @@ def load_model_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     Raises:
         CheckpointError: it is missing or damaged, or has more entries than the model.
     """
+    file, most = folder / TOKENIZER_FILE if folder.is_dir() else folder, LARGEST_REST + LARGEST_ENTRY * vocab_size
+    if file.is_file() and file.stat().st_size > most:
+        raise CheckpointError(
+            f"{file} has {file.stat().st_size} bytes, far more than the tokenizer of a model with {vocab_size} tokens. "
+            "They do not belong together. Use another checkpoint, or the tokenizer that the model was trained with."
+        )
     try:
         tokenizer = Tokenizer.load(folder)
     except DataError as error:

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from sheepop.utils.logging import log
 
 TOKENIZER_FILE = "tokenizer.json"
 TIKTOKEN_SUFFIX = ".tiktoken"
+HUGE_NUMBER = re.compile(r'"\s*:\s*\d{8}')
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,10 @@ def load_tiktoken(path: Path, scheme: str | None = None) -> tokenizers.Tokenizer
 
 def _load_json(file: Path) -> tokenizers.Tokenizer:
     try:
-        backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        content = file.read_text(encoding="utf-8")
+        if HUGE_NUMBER.search(content):  # the library makes a table of as many entries
+            raise ValueError("a token has a number of eight digits")
+        backend = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(f"{file} is not a whole {TOKENIZER_FILE}: {error}.") from None
     if text_marks(json.loads(backend.to_str()), backend.get_vocab()).end is None:

@@ -14,13 +14,24 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from sheepop.generation.vector_dots import GROUP, dot_fp32, dot_fp32_4, dot_int4, dot_int4_4, dot_int8, dot_int8_4
+from sheepop.generation.vector_dots import (
+    GROUP,
+    dot_fp32,
+    dot_fp32_4,
+    dot_int4,
+    dot_int4_4,
+    dot_int8,
+    dot_int8_4,
+)
+from sheepop.generation.vector_exp import ONE, exp_fp32
+from sheepop.generation.vector_tiles import TILE, add_scores, add_values, fetch_rows
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 
 ANY_ORDER = {"reassoc", "contract", "nsz", "arcp"}
 AT_ONCE = 4  # sequences for which a weight is read and turned into fp32 once
+ACTIVATED_AT_ONCE = 256  # features that one core takes at a time
 NOTHING = np.float32(0)
 
 
@@ -184,52 +195,73 @@ def attend(
     """
     kv_heads, page_size, width = keys.shape[1:]
     group = (projected.shape[1] - 2 * kv_heads) // kv_heads
-    whole = width - width % GROUP
+    whole = width - width % TILE
     factor = np.float32(1 / math.sqrt(width))
     for task in prange(len(projected) * kv_heads):
         n, k = task // kv_heads, task % kv_heads
         end = positions[n] + 1
         start = max(0, end - window) if window else 0
-        scores = np.empty((group, end), dtype=np.float32)
+        scores = np.zeros((group, end + TILE), dtype=np.float32)
         for index in range(start // page_size, (end - 1) // page_size + 1):
             page, first = keys[pages[n, index], k], index * page_size
-            for h in range(group):
-                query = projected[n, k * group + h]
-                for t in range(max(start, first), min(end, first + page_size)):
-                    key = page[t - first]
-                    score = dot_fp32(query, key)
-                    for c in range(whole, width):
-                        score += query[c] * key[c]
-                    scores[h, t] = score * factor
+            t, last = max(start - first, 0), min(end, first + page_size) - first
+            while t < last:
+                at_once = TILE if t + TILE <= page_size else 1
+                if t + at_once < page_size:
+                    fetch_rows(page, t + at_once)
+                elif first + page_size < end:
+                    fetch_rows(keys[pages[n, index + 1], k], 0)
+                for h in range(group):
+                    query = projected[n, k * group + h]
+                    if at_once == TILE:  # keys behind the last one may be read, and are not used
+                        add_scores(query, page, t, scores[h], first + t)
+                    for place in range(t, min(t + at_once, last)):
+                        for c in range(whole if at_once == TILE else 0, width):
+                            scores[h, first + place] += query[c] * page[place, c]
+                t += at_once
         for h in range(group):
-            highest = scores[h, start:].max()
+            highest = scores[h, start:end].max()
             total = NOTHING
             for t in range(start, end):
-                scores[h, t] = math.exp(scores[h, t] - highest)
+                scores[h, t] = exp_fp32((scores[h, t] - highest) * factor)
                 total += scores[h, t]
-            mixed = outputs[n, k * group + h]
-            mixed[:] = NOTHING
-            for index in range(start // page_size, (end - 1) // page_size + 1):
-                page, first = values[pages[n, index], k], index * page_size
-                for t in range(max(start, first), min(end, first + page_size)):
-                    share, value = scores[h, t] / total, page[t - first]
-                    for c in range(width):
-                        mixed[c] += share * value[c]
+            for t in range(start, end):
+                scores[h, t] /= total
+            outputs[n, k * group + h] = NOTHING
+        for index in range(start // page_size, (end - 1) // page_size + 1):
+            page, first = values[pages[n, index], k], index * page_size
+            t, last = max(start - first, 0), min(end, first + page_size) - first
+            while t < last:
+                until = min(t + TILE, last)
+                if until < page_size:
+                    fetch_rows(page, until)
+                elif first + page_size < end:
+                    fetch_rows(values[pages[n, index + 1], k], 0)
+                for h in range(group):
+                    mixed = outputs[n, k * group + h]
+                    add_values(scores[h], first + t, page, t, until, mixed)
+                    for place in range(t, until):
+                        for c in range(whole, width):
+                            mixed[c] += scores[h, first + place] * page[place, c]
+                t = until
 
 
 @njit(parallel=True, fastmath=ANY_ORDER, cache=True)
 def activate(hidden: Floats, activation: int, is_gated: bool, outputs: Floats) -> None:
     """Set outputs (N, F) to the activation of hidden (N, F), or with a gate of hidden (N, 2F): gates, then linear."""
-    width = outputs.shape[1]
-    for n in range(len(hidden)):
-        for f in prange(width):
+    rows, width = outputs.shape
+    parts = -(-width // ACTIVATED_AT_ONCE)
+    for task in prange(rows * parts):
+        n, start = task // parts, task % parts * ACTIVATED_AT_ONCE
+        for f in range(start, min(start + ACTIVATED_AT_ONCE, width)):
             x = hidden[n, f]
             if activation == GELU:
-                y = np.float32(0.5) * x * (1 + np.float32(math.erf(x * np.float32(math.sqrt(0.5)))))
-            elif activation == GELU_TANH:
-                y = np.float32(0.5) * x * (1 + np.float32(math.tanh(TANH_SCALE * (x + np.float32(0.044715) * x**3))))
+                y = np.float32(0.5) * x * (ONE + np.float32(math.erf(x * np.float32(math.sqrt(0.5)))))
+            elif activation == GELU_TANH:  # (1 + tanh(z)) / 2 = 1 - 1 / (1 + exp(2z))
+                z = TANH_SCALE * (x + np.float32(0.044715) * x * x * x)
+                y = x - x / (ONE + exp_fp32(z + z))
             elif activation == SILU:
-                y = x / (1 + np.float32(math.exp(-x)))
+                y = x / (ONE + exp_fp32(-x))
             else:
                 y = max(x, NOTHING)
                 if activation == RELU_SQUARED:

@@ -9,7 +9,7 @@ from torch import Tensor
 from sheepop.config import ModelConfig
 from sheepop.generation.generate import context_start
 from sheepop.generation.runner import Chunk, ModelRunner
-from sheepop.generation.sampling import distribution, sample_token
+from sheepop.generation.sampling import distribution, race, sample_token
 from sheepop.generation.speculation import Guess, Wanted
 from sheepop.models.paged_cache import CachedSequence, PagedCache
 from sheepop.models.transformer import TransformerModel
@@ -126,4 +126,4 @@ def draw_guess(logits: Tensor, text: Wanted) -> tuple[int, Tensor | None]:
     if settings.temperature == 0.0:
         return sample_token(logits, settings, text.generator), None
     probabilities = distribution(logits, settings, nothing_said)
-    return int(torch.multinomial(probabilities, 1, generator=text.generator)), probabilities
+    return int(race(probabilities.log()[None], [text.generator])), probabilities

@@ -2,9 +2,10 @@
 
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -28,8 +29,14 @@ from sheepop.utils.logging import log
 if TYPE_CHECKING:
     from sheepop.generation.fast_decoding import FastDecoder
 
-# Maps the newest token of each row, (B, 1), to logits (B, 1, V), and adds it to the cache.
-Decode = Callable[[Tensor, KVCache], Tensor]
+
+class Decode(Protocol):
+    """Maps the newest tokens of each row, (B, T), to the logits after the last, (B, 1, V), and caches the tokens."""
+
+    def __call__(self, token_ids: Tensor, cache: KVCache) -> Tensor:
+        """Return the logits."""
+        ...
+
 
 # Below this many parameters one token's matrix products are so short that handing them to a second core costs more
 # than it saves (`docs/log.md`).
@@ -54,7 +61,7 @@ def generate_cached(
     The prompt is computed once (prefill), then each step computes only the newest token of each sample; keys and
     values of the others come from the cache. When the oldest half of a full context is dropped, the rest is computed
     again. `on_token` gets the samples' tokens in turn: sample 0, 1, ..., then their next tokens. `decode` computes
-    single tokens in the model's place (`decoder_for`).
+    in the model's place (`decoder_for`).
 
     Raises:
         ConfigError, CheckpointError: as `generate_naive`.
@@ -76,8 +83,7 @@ def generate_cached(
     texts: list[list[int]] = [[] for _ in range(num_samples)]
     finish_reasons: list[FinishReason] = ["length"] * num_samples
     cached_from = -1
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    with inference(model), one_core_for_little(num_parameters, device):
+    with inference(model), one_core_for_little(count_parameters(model.config).total, device):
         for length in range(len(prompt), longest):
             start = context_start(length, max_seq_len)
             if start == cached_from:
@@ -88,10 +94,8 @@ def generate_cached(
                 cached_from = start
                 cache.reset()
                 newest = tokens[:, start:length]  # (B, T)
-            if decode is not None and newest.shape[1] == 1:
-                logits = decode(newest, cache)[:, -1]  # (B, V)
-            else:
-                logits = model(newest, cache=cache, last_only=True)[:, -1]
+            compute = decode or partial(model, last_only=True)
+            logits = compute(newest, cache=cache)[:, -1]  # (B, V)
             drawn = sample_tokens(logits, settings, generators, tokens[:, said_from:length])
             tokens[:, length] = drawn
             # A sample that has ended stays as a row whose tokens nobody reads, until the last one ends.

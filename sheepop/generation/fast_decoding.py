@@ -5,8 +5,10 @@ fp32 inputs and weights of 8 or 4 bits at one row. This is `TransformerModel.for
 the same weights and cache, for that case alone.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numba
@@ -15,15 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sheepop.generation import batch_kernels
 from sheepop.generation import decode_kernels as kernels
+from sheepop.generation.vector_tiles import TILE
 from sheepop.models.blocks import TransformerBlock
 from sheepop.models.kv_cache import KVCache
-from sheepop.models.quantized_layers import QuantizedLinear
+from sheepop.models.quantized_layers import QuantizedEmbedding, QuantizedLinear
 from sheepop.models.transformer import TransformerModel
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 Product = Callable[[Floats, Floats, bool], None]
+FEW_ROWS = 8  # up to so many a tile, which is half empty then, takes longer than one row of weights at a time
 NONE: Floats = np.empty(0, dtype=np.float32)
 
 
@@ -37,10 +42,13 @@ class FastDecoder:
         self.layers = [Layer(block) for block in model.blocks if isinstance(block, TransformerBlock)]
         self.final_norm = norm_of(model.final_norm)
         self.head = product_of(model.head)
+        self.reader = model if config.quantization == "none" else with_kernels(model)
 
     def __call__(self, token_ids: Tensor, cache: KVCache) -> Tensor:
-        """Return what `model(token_ids, cache=cache)` returns for one token a sequence: (N, 1) to (N, 1, V)."""
-        rows = len(token_ids)
+        """Return what `model(token_ids, cache=cache, last_only=True)` returns: (N, T) to (N, 1, V)."""
+        rows, time = token_ids.shape
+        if time > 1:
+            return self.reader(token_ids, cache=cache, last_only=True)  # type: ignore[no-any-return]
         hidden = self.model.embed(token_ids, cache.positions(1), before=cache.recent_tokens)[:, 0]
         positions, pages = np.full(rows, cache.length), np.arange(rows)[:, None]  # a row's buffer is its only page
         logits = self.step(hidden, positions, pages, cache.keys, cache.values)
@@ -131,13 +139,47 @@ def product_of(layer: nn.Module) -> Product:
     """Return the function (inputs (N, I), outputs (N, O), adds) of a linear layer, quantized or not."""
     bias = NONE if layer.bias is None else numbers(layer.bias)
     if not isinstance(layer, QuantizedLinear):
-        weight = numbers(layer.weight)
-        return lambda inputs, outputs, adds: kernels.matmul_fp32(inputs, weight, bias, outputs, adds)
-    values, scale = numbers(layer.values), numbers(layer.scale)
-    if not layer.is_packed:
-        return lambda inputs, outputs, adds: kernels.matmul_int8(inputs, values, scale, bias, outputs, adds)
-    lowest = numbers(layer.lowest)
-    return lambda inputs, outputs, adds: kernels.matmul_int4(inputs, values, scale, lowest, bias, outputs, adds)
+        weights: list[NDArray[Any]] = [numbers(layer.weight)]
+        few, many = kernels.matmul_fp32, batch_kernels.matmul_fp32
+    elif not layer.is_packed:
+        weights = [numbers(layer.values), numbers(layer.scale)]
+        few, many = kernels.matmul_int8, batch_kernels.matmul_int8
+    else:
+        weights = [numbers(layer.values), numbers(layer.scale), numbers(layer.lowest)]
+        few, many = kernels.matmul_int4, batch_kernels.matmul_int4
+
+    def multiply(inputs: Floats, outputs: Floats, adds: bool) -> None:
+        tiles = len(inputs) > FEW_ROWS and outputs.shape[1] >= TILE
+        (many if tiles else few)(inputs, *weights, bias, outputs, adds)
+
+    return multiply
+
+
+class KernelLinear(nn.Module):
+    """A quantized layer whose product the kernels compute: PyTorch would make the whole weight fp32 each time."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        self.num_outputs, self._multiply = layer.values.shape[0], product_of(layer)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (..., I) to (..., O)."""
+        inputs = hidden.flatten(0, -2).contiguous().numpy()
+        outputs = aligned(len(inputs), self.num_outputs)
+        with numba_threads():
+            self._multiply(inputs, outputs, False)
+        return torch.from_numpy(outputs).view(*hidden.shape[:-1], -1)
+
+
+def with_kernels(model: TransformerModel) -> TransformerModel:
+    """Return a model whose quantized layers compute by the kernels; it shares all tensors with the one given."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    for module in list(twin.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, QuantizedLinear) and not isinstance(module, QuantizedEmbedding):
+                setattr(module, name, KernelLinear(layer))
+    return twin
 
 
 def norm_of(norm: nn.Module) -> Callable[[Floats, Floats], None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from sheepop.generation.engine import decoder_for, one_core_for_little
 from sheepop.models.paged_cache import CachedSequence, PagedCache
 from sheepop.models.paged_rows import PagedRows
+from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel, inference
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class ModelRunner:
 
     def __init__(self, model: TransformerModel) -> None:
         self.model = model
-        self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._num_parameters = count_parameters(model.config).total  # of quantized layers, too
 
     def __call__(self, chunks: Sequence[Chunk], cache: PagedCache) -> list[Tensor]:
         """Do what `Runner` says."""
@@ -79,8 +80,8 @@ class ModelRunner:
         return list(torch.split(logits.float(), [len(places) for places in wanted]))
 
 
-# Up to about so many tokens of a step the kernels, which read a weight once for four of them, are faster than products
-# of whole matrices; with quantized weights, which have to be made into such, up to twice as many (`docs/log.md`).
+# Up to about so many tokens of a step the kernels are faster than PyTorch's operators. Beyond that the weights are used
+# so often that these no longer matter, and PyTorch's attention is the better one (`docs/log.md`).
 FEW_TOKENS = 32
 
 
@@ -88,7 +89,7 @@ class KernelRunner:
     """Computes steps of few tokens by the kernels for decoding, each token as a row, and all others by the model."""
 
     def __init__(self, model: TransformerModel, decoder: "FastDecoder") -> None:
-        self.model, self._decoder, self._others = model, decoder, ModelRunner(model)
+        self.model, self._decoder, self._others = model, decoder, ModelRunner(decoder.reader)
 
     def __call__(self, chunks: Sequence[Chunk], cache: PagedCache) -> list[Tensor]:
         """Do what `Runner` says."""

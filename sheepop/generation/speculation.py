@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sheepop.generation.sampling import SamplingSettings, distribution, sample_token
+from sheepop.generation.sampling import SamplingSettings, distribution, race, sample_token
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def accept_or_replace(
         return guess
     rest = (wanted - guessed_from).clamp_min(0)
     # Equal distributions reject by rounding alone, and then nothing is left over.
-    return int(torch.multinomial(rest if bool(rest.sum() > 0) else wanted, 1, generator=generator))
+    return int(race((rest if bool(rest.sum() > 0) else wanted).log()[None], [generator]))
 
 
 def draw_or_accept(

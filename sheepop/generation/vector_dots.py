@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 GROUP, HALF = 64, 32  # weights that are taken at a time, and their bytes in 4 bits (`models/quantized_layers.py`)
-LINE, AHEAD = 64, 2048  # bytes of a cache line, and how far ahead of the arithmetic weights are read
+LINE, AHEAD = 64, 2048  # bytes of a cache line, and how far ahead of the arithmetic a row of weights is read
 FAST = ("contract", "reassoc", "nsz")  # fused, and added in any order
 
 FLOAT, BYTE, INT, LONG = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -33,14 +33,14 @@ def load(builder: Any, pointer: Any, index: Any, lanes: int) -> Any:
     return builder.load(place, align=1 if item == BYTE else 4)
 
 
-def fetch(builder: Any, pointer: Any, index: Any, lanes: int) -> None:
-    """Begin to read what `load` will want `AHEAD` bytes later; a processor by itself looks ahead too little."""
+def fetch(builder: Any, pointer: Any, index: Any, lanes: int, ahead: Any) -> None:
+    """Begin to read what `load` will want so many bytes later; a processor by itself looks ahead too little."""
     place = builder.ptrtoint(builder.gep(pointer, [index]), LONG)
     for line in range(0, lanes * (4 if pointer.type.pointee == FLOAT else 1), LINE):
-        address = builder.inttoptr(builder.add(place, LONG(AHEAD + line)), BYTE.as_pointer())
+        address = builder.inttoptr(builder.add(place, builder.add(ahead, LONG(line))), BYTE.as_pointer())
         prefetch = ir.FunctionType(ir.VoidType(), [address.type, INT, INT, INT])
         function = cgutils.get_or_insert_function(builder.module, prefetch, "llvm.prefetch.p0")
-        builder.call(function, [address, INT(0), INT(3), INT(1)])  # to read, into all caches, data
+        builder.call(function, [address, INT(0), INT(2), INT(1)])  # to read, into the second cache, data
 
 
 def multiply_add(builder: Any, left: Any, right: Any, total: Any) -> Any:
@@ -59,25 +59,25 @@ def sum_of_lanes(builder: Any, vector: Any) -> Any:
     return builder.extract_element(vector, INT(0))
 
 
-def unpack_fp32(builder: Any, group: Any, values: Any) -> list[Any]:
+def unpack_fp32(builder: Any, group: Any, ahead: Any, values: Any) -> list[Any]:
     """Return the 64 weights of a group as vectors of fp32, which they are."""
     start = builder.mul(group, LONG(GROUP))
-    fetch(builder, values, start, GROUP)
+    fetch(builder, values, start, GROUP, ahead)
     return [load(builder, values, start, GROUP)]
 
 
-def unpack_int8(builder: Any, group: Any, values: Any) -> list[Any]:
+def unpack_int8(builder: Any, group: Any, ahead: Any, values: Any) -> list[Any]:
     """Return the 64 weights of a group as vectors of fp32: bytes as they are."""
     start = builder.mul(group, LONG(GROUP))
-    fetch(builder, values, start, GROUP)
+    fetch(builder, values, start, GROUP, ahead)
     numbers = load(builder, values, start, GROUP)
     return [builder.sitofp(numbers, ir.VectorType(FLOAT, GROUP))]
 
 
-def unpack_int4(builder: Any, group: Any, values: Any, scale: Any, lowest: Any) -> list[Any]:
+def unpack_int4(builder: Any, group: Any, ahead: Any, values: Any, scale: Any, lowest: Any) -> list[Any]:
     """Return the 64 weights of two groups as vectors of fp32: halves of bytes, times a scale, plus the lowest value."""
     start = builder.mul(group, LONG(HALF))
-    fetch(builder, values, start, HALF)
+    fetch(builder, values, start, HALF, ahead)
     pairs = load(builder, values, start, HALF)
     vector = ir.VectorType(FLOAT, HALF)
     unpacked = []
@@ -117,7 +117,7 @@ def code_of(unpack: Callable[..., list[Any]], rows: int) -> Callable[..., Any]:
         totals = [cgutils.alloca_once_value(builder, zero) for _ in range(rows)]
         with cgutils.for_range(builder, groups, intp=LONG) as loop:
             start = builder.mul(loop.index, LONG(GROUP))
-            for part, numbers in enumerate(unpack(builder, loop.index, *weights)):
+            for part, numbers in enumerate(unpack(builder, loop.index, LONG(AHEAD), *weights)):
                 at = builder.add(start, LONG(part * lanes))
                 for row, total in zip(inputs, totals, strict=True):
                     product = multiply_add(builder, numbers, load(builder, row.data, at, lanes), builder.load(total))

@@ -34,6 +34,7 @@ TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 # Of logits in fp32, over their largest absolute value; two orders above what another order of sums makes.
 TOLERANCE = 1e-4
+LARGEST_JSON = 2**23  # bytes of settings, or of an index
 
 
 def export_huggingface(checkpoint: Path, output: Path) -> None:
@@ -161,7 +162,7 @@ def import_huggingface(folder: Path, output: Path, tokenizer_path: Path | None =
     Raises:
         CheckpointError: the model is of a kind that we do not have, or files are missing or damaged.
     """
-    theirs = read_json(folder / CONFIG_FILE, CheckpointError)
+    theirs = read_json(folder / CONFIG_FILE, CheckpointError, most_bytes=LARGEST_JSON)
     stock = stock_class_of(theirs)
     weights = read_weights(folder)
     settings = settings_from(stock, theirs, weights, str(folder))
@@ -179,7 +180,11 @@ def with_marks_of(folder: Path, tokenizer: Tokenizer) -> Tokenizer:
     begins with the end of the one before.
     """
     names = (TOKENIZER_SETTINGS_FILE, "generation_config.json", CONFIG_FILE)
-    files = [read_json(folder / name, CheckpointError) for name in names if (folder / name).is_file()]
+    files = [
+        read_json(folder / name, CheckpointError, most_bytes=LARGEST_JSON)
+        for name in names
+        if (folder / name).is_file()
+    ]
 
     def said(mark: str) -> int | None:
         for value in (file.get(key) for file in files for key in (f"{mark}_token", f"{mark}_token_id")):
@@ -251,7 +256,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         has_pickle = any(folder.glob("pytorch_model*.bin"))
         hint = " Its pytorch_model.bin is a pickle, which may run code; convert it to safetensors." * has_pickle
         raise CheckpointError(f"There is no {WEIGHTS_FILE} in {folder}.{hint}")
-    parts = read_json(folder / INDEX_FILE, CheckpointError).get("weight_map")
+    parts = read_json(folder / INDEX_FILE, CheckpointError, most_bytes=LARGEST_JSON).get("weight_map")
     names: list[Any] = list(parts.values()) if isinstance(parts, dict) else [None]
     if not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise CheckpointError(f"{folder / INDEX_FILE} does not name the files of a model.")

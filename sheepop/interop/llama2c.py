@@ -17,6 +17,7 @@ from sheepop.utils.errors import CheckpointError
 HEADER = struct.Struct("<7i")
 TOKEN_HEADER = struct.Struct("<fi")  # score and bytes of a piece
 LARGEST = 2**24  # of a number in the header: more is no model but another file
+MOST_LAYERS = 2**10
 FIRST_BYTE = 3  # behind the unknown token and the two marks
 BEGINNING = "<s>"
 TOKENIZER_NAMES = ("tokenizer.bin", "tok{vocab_size}.bin")
@@ -57,7 +58,13 @@ def read_model(file: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     is_tied = vocab_size > 0
     vocab_size = abs(vocab_size)
     sizes = (width, inner, layers, heads, kv_heads, vocab_size, length)
-    if not all(0 < size < LARGEST for size in sizes) or width % heads or heads % kv_heads or (width // heads) % 2:
+    if (
+        not all(0 < size < LARGEST for size in sizes)
+        or layers > MOST_LAYERS
+        or width % heads
+        or heads % kv_heads
+        or (width // heads) % 2
+    ):
         raise CheckpointError(f"{file} is not a llama2.c model: its header says {', '.join(map(str, sizes))}.")
     C = width // heads
     parts: list[tuple[str, tuple[int, ...]]] = [
@@ -137,7 +144,10 @@ def read_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
     names += [piece.replace(" ", SPACE) for piece, _ in pieces[len(names) :]]
     names = names[:vocab_size]
     ids = {name: number for number, name in reversed(list(enumerate(names)))}
-    merges = merges_of(ids, [score for _, score in pieces], names[FIRST_BYTE + 256 :])
+    try:
+        merges = merges_of(ids, [score for _, score in pieces], names[FIRST_BYTE + 256 :])
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not a tokenizer: {error}.") from None
     backend = scored_pieces(ids, merges, unknown="<unk>", prefix=True)
     # llama2.c begins every text with this mark and ends it at the next.
     backend.add_special_tokens([special_token(BEGINNING)])

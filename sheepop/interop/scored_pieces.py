@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
+MOST_SPLITTING = 2**26  # characters of all halves of all pieces; 262,144 pieces of 16 characters have as many
 SPACE = "▁"  # what stands for a space
 
 
@@ -15,7 +16,13 @@ def merges_of(ids: Mapping[str, int], scores: Sequence[float], pieces: Iterable[
         ids: the vocabulary.
         scores: of each id.
         pieces: the names that may come out of a merge.
+
+    Raises:
+        ValueError: the pieces are longer than those of any vocabulary.
     """
+    pieces = list(pieces)
+    if sum(len(name) ** 2 for name in pieces) > MOST_SPLITTING:
+        raise ValueError("its pieces are far longer than words")
     merges = []
     for name in pieces:
         halves = ((name[:cut], name[cut:]) for cut in range(1, len(name)))

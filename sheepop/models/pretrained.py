@@ -28,6 +28,7 @@ LATEST_POINTER = "latest.json"
 BEST_POINTER = "best.json"
 STATE_FILE = "training_state/state.json"
 CHECKPOINT_FORMAT = "sheepop-checkpoint"
+LARGEST_HEADER = 2**21  # bytes of names and shapes in a safetensors file: some 20,000 tensors
 FORMAT_VERSION = 2  # 1: the manifest had no sum of itself, the state no guard and PyTorch's own loss scaler
 
 
@@ -201,6 +202,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: the file is missing or damaged.
     """
     try:
+        with path.open("rb") as beginning:
+            header = int.from_bytes(beginning.read(8), "little")
+        if header > LARGEST_HEADER:
+            raise ValueError(f"a header of {header} bytes")
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:

@@ -12,7 +12,7 @@ from sheepop.config import ModelConfig
 from sheepop.models.blocks import Context, Embedding, TransformerBlock, drop, make_norm
 from sheepop.models.head_loss import summed_head_loss
 from sheepop.models.kv_cache import Cache
-from sheepop.models.linear import Linear, linear
+from sheepop.models.linear import Linear
 from sheepop.models.ngrams import NgramEmbedding
 from sheepop.models.positions import rotary_table, sinusoidal_table
 from sheepop.models.quantized_layers import use_quantized_layers
@@ -100,7 +100,7 @@ class TransformerModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores (..., V) of what `hidden_states` returned, or of some of it, (..., D)."""
-        return linear(hidden, self.head.weight)
+        return self.head(hidden)  # type: ignore[no-any-return]
 
     def hidden_states(
         self,

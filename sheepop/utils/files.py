@@ -146,13 +146,20 @@ def write_json(path: Path, value: object) -> None:
     write_atomic(path, to_json(value) + "\n")
 
 
-def read_json(path: Path, error: type[SheepopError]) -> dict[str, Any]:
+def read_json(path: Path, error: type[SheepopError], *, most_bytes: int | None = None) -> dict[str, Any]:
     """Read a JSON object from `path`.
 
+    Args:
+        path: the file.
+        error: what is raised.
+        most_bytes: a larger file is refused; as objects of Python some JSON takes twenty times its size.
+
     Raises:
-        error: the file is missing, unreadable, not JSON, or not an object; says where in the file.
+        error: the file is missing, unreadable, too large, not JSON, or not an object; says where in the file.
     """
     try:
+        if most_bytes is not None and path.stat().st_size > most_bytes:
+            raise error(f"{path} has {path.stat().st_size} bytes; no such file has more than {most_bytes}.")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"There is no file {path}.") from None
@@ -160,7 +167,7 @@ def read_json(path: Path, error: type[SheepopError]) -> dict[str, Any]:
         raise error(
             f"{path} is not valid JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}."
         ) from None
-    except (OSError, UnicodeDecodeError, RecursionError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:  # not UTF-8, or a number of thousands of digits
         raise error(f"{path} cannot be read as JSON: {problem}.") from None
     if not isinstance(value, dict):
         raise error(f"{path} must hold a JSON object in braces, but holds a {type(value).__name__}.")

@@ -14,6 +14,7 @@ from sheepop.generation.sampling import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    race,
     sample_token,
     sample_tokens,
 )
@@ -185,6 +186,39 @@ def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
     for token_id, probability in enumerate(probabilities.tolist()):
         deviation = math.sqrt(draws * probability * (1 - probability))
         assert abs(drawn[token_id] - draws * probability) <= 4 * deviation
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 3, 7, 23, 100])
+def test_a_race_is_won_as_often_as_the_probabilities_say(vocab_size: int) -> None:
+    scores = torch.randn(vocab_size, generator=generator(5)) * 1.5
+    scores[1::5] = -math.inf  # what cannot be drawn, and for some sizes a whole block of it
+    scores[vocab_size // 2 : vocab_size * 3 // 4] = -math.inf
+    expected, draws = scores.softmax(0), 4000
+    stream = generator(6)
+    counts = torch.bincount(race(scores.expand(draws, -1), [stream] * draws), minlength=vocab_size)
+    assert counts[expected == 0].sum() == 0
+    large = draws * expected >= 5
+    cells = torch.stack((counts[large], draws * expected[large]), dim=1).tolist()
+    cells += [[draws - sum(count for count, _ in cells), draws - sum(share for _, share in cells)]]
+    statistic = sum((count - share) ** 2 / max(share, 1e-3) for count, share in cells)
+    assert statistic < len(cells) + 4 * math.sqrt(2 * len(cells))  # mean k, variance 2k
+
+
+@given(scores=st.lists(st.sampled_from([-math.inf, -1e30, -80.0, 0.0, 80.0, 1e30]), min_size=1, max_size=30))
+def test_what_cannot_be_drawn_never_wins_a_race(scores: list[float]) -> None:
+    if max(scores) > -math.inf:
+        [winner] = race(torch.tensor([scores]), [generator(len(scores))]).tolist()
+        assert scores[winner] == max(scores)  # the others are too far behind
+
+
+def test_a_race_hardly_ever_depends_on_the_last_bits_of_the_scores() -> None:
+    # By one uniform number and cumulated probabilities some twenty of these would change: every boundary moves.
+    scores, draws = torch.randn(20_000, generator=generator(2)), 4000
+    nearly = scores + 1e-4 * torch.randn(20_000, generator=generator(3))
+    changed = sum(
+        race(scores[None], [generator(seed)]) != race(nearly[None], [generator(seed)]) for seed in range(draws)
+    )
+    assert changed <= 3
 
 
 def test_a_row_draws_the_same_token_whatever_rows_are_beside_it() -> None:

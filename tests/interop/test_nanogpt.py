@@ -2,6 +2,7 @@
 
 import math
 import random
+import zipfile
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_nothing_in_a_file_is_run_and_what_is_wrong_is_said(tmp_path, vocabulary
         ({"model": Trap(tmp_path / "sprung"), "model_args": ARGUMENTS}, "cannot be read as weights alone"),
         ({"weights": {}}, "is not a checkpoint of nanoGPT"),
         ([1], "is not a checkpoint of nanoGPT"),
-        ({"model": {}, "model_args": ARGUMENTS}, "says it has 2 layers, but holds 0 weights"),
+        ({"model": {}, "model_args": ARGUMENTS}, "does not fit its own weights: it asks for"),
         ({"model": random_weights(True), "model_args": ARGUMENTS | {"n_embd": 36}}, "does not fit its own settings"),
         ({"model": random_weights(True), "model_args": ARGUMENTS | {"n_head": "x"}}, r"model\.num_heads"),
     ):
@@ -124,3 +125,18 @@ def test_damaged_files_are_one_kind_of_error(tmp_path, vocabulary):
             import_model(path, tmp_path / f"ours{number}", tokenizer=vocabulary)
         except CheckpointError:
             assert not (tmp_path / f"ours{number}").exists()
+
+
+def test_an_archive_that_is_packed_and_weights_without_memory_are_refused(tmp_path, vocabulary):
+    path, packed = tmp_path / "ckpt.pt", tmp_path / "packed.pt"
+    weights = random_weights(True)
+    torch.save({"model": weights, "model_args": ARGUMENTS}, path)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name) + bytes(10**6) * name.endswith("data/0"))
+    with pytest.raises(CheckpointError, match="more than it is large"):
+        import_model(packed, tmp_path / "ours", tokenizer=vocabulary)
+    wide = torch.zeros(1).expand(300, 24)
+    torch.save({"model": weights | {"transformer.wte.weight": wide}, "model_args": ARGUMENTS}, path)
+    with pytest.raises(CheckpointError, match=r"numbers of its own for the weight transformer\.wte\.weight"):
+        import_model(path, tmp_path / "ours", tokenizer=vocabulary)

@@ -142,7 +142,8 @@ class Evaluation:
             return self.sum(expression)
         if isinstance(expression, ArgMax):
             body, index, size = expression.args
-            return np.asarray(self.along(index, np.arange(int(self.value(size)))).value(body).argmax(axis=-1))
+            found = self.along(index, np.arange(int(self.value(size)))).value(body)
+            return np.asarray(np.where(np.isnan(found), -np.inf, found).argmax(axis=-1))
         if isinstance(expression, Applied):
             return self.parts[expression.args[0].name](self.value(expression.args[1]))
         if isinstance(expression, Stacked):

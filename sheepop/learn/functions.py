@@ -66,7 +66,7 @@ class Stacked(sympy.MatrixExpr):  # type: ignore[misc]
 
 
 class ArgMax(sympy.Expr):  # type: ignore[misc]
-    """The index, `ArgMax(x[v], v, V)`, of 0 to V - 1 at which an expression is the largest."""
+    """The index, `ArgMax(x[v], v, V)`, of 0 to V - 1 at which an expression is the largest, where it is a number."""
 
     def _latex(self, printer: Any) -> str:
         body, index = printer._print(self.args[0]), printer._print(self.args[1])

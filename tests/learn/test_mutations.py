@@ -234,7 +234,18 @@ MUTATIONS = (
         {"loss / math.log(2) * tokens": "loss * tokens"},
         traced=NEVER,
     ),
-    Mutation("slowest wins", {"generation_step"}, f"{SAMPLING}:sample_tokens", {"- race.log_()": "+ race.log_()"}),
+    Mutation(
+        "slowest block wins",
+        {"generation_heat"},
+        f"{SAMPLING}:race",
+        {"(weights.log_() - log_arrivals": "(weights.log_() + log_arrivals"},
+    ),
+    Mutation(
+        "slowest entry wins",
+        {"generation_step"},
+        f"{SAMPLING}:race",
+        {"(within - log_arrivals": "(within + log_arrivals"},
+    ),
     Mutation(
         "distribution without temperature",
         {"temperature_softmax"},

@@ -116,7 +116,7 @@ FORMULAS = (
         ),
         meanings=FORWARD,
         code="sheepop.models.transformer:TransformerModel.logits",
-        line="return linear(hidden, self.head.weight)",
+        line="return self.head(hidden)",
         kids="""
             Words become rows of bricks, and the rows travel along an assembly line with a station for each layer. At
             the end every row is held against a wall of samples, one for each word that there is: the sample that it is

@@ -1,5 +1,6 @@
 """Generation: from scores to the next token."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch
 from sheepop.generation.sampling import SamplingSettings, distribution, keep_top_k, keep_top_p, sample_token
 from sheepop.learn.formula import Formula, Meaning, Value
 from sheepop.learn.functions import ArgMax, Indicator
-from sheepop.learn.notation import V, array, cases, equals, over, plus, ratio, times, u, v
+from sheepop.learn.notation import V, array, cases, equals, i, over, plus, ratio, times, u, v
 from sheepop.learn.trace import Trace
 
-SCORES, LEFT, PROBABILITIES, DRAWS = array("Z", V), array("Y", V), array("P", V), array("e", V)
+SCORES, LEFT, PROBABILITIES, DRAWS = array("Z", V), array("Y", V), array("P", V), sympy.IndexedBase("e")
 TOKEN, TEMPERATURE, COUNT, MASS = sympy.symbols("x tau k p")
+BLOCK, NUM_BLOCKS, WIDTH = sympy.symbols("b n w", integer=True, positive=True)
 NOTHING = torch.empty(0, dtype=torch.int64)  # no token was said before
 
 # What a trace shows the formulas with.
@@ -31,9 +33,17 @@ def likely_scores(run: Trace) -> torch.Tensor:
     return scores[scores.topk(min(MOST_LIKELY, len(scores))).indices.sort().values]
 
 
-def race(count: int) -> torch.Tensor:
-    """Return the exponential draws of a generator that begins with seed 0."""
-    return torch.empty(count).exponential_(generator=torch.Generator().manual_seed(0))
+def width_of(vocab_size: int) -> int:
+    """Return how many entries a block has."""
+    return math.ceil(math.sqrt(vocab_size))
+
+
+def race_values(scores: torch.Tensor, temperature: float) -> dict[str, Value]:
+    """Return what a race is run with, whose draws are those of a generator that begins with seed 0."""
+    width = width_of(len(scores))
+    num_blocks = math.ceil(len(scores) / width)
+    draws = torch.empty(num_blocks + width).exponential_(generator=torch.Generator().manual_seed(0))
+    return {"Z": scores, "tau": temperature, "e": draws, "n": num_blocks, "w": width}
 
 
 def draw(scores: torch.Tensor, temperature: float) -> int:
@@ -51,10 +61,22 @@ def random_scores(random: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy(random.normal(0, 2, 19)).float()
 
 
+def block_drawn(scores: torch.Tensor, temperature: float) -> int:
+    """Return the block of the token that is drawn."""
+    return draw(scores, temperature) // width_of(len(scores))
+
+
+def sample_heat(random: np.random.Generator) -> tuple[dict[str, Value], int]:
+    """Return what a race is run with, and the block that wins."""
+    scores, temperature = random_scores(random), float(random.choice([0.5, 1.0, 1.7]))
+    return race_values(scores, temperature), block_drawn(scores, temperature)
+
+
 def sample_step(random: np.random.Generator) -> tuple[dict[str, Value], int]:
-    """Return scores, a temperature that is 0 at times, and the token drawn."""
+    """Return the same at a temperature that is 0 at times, the block that has won, and the token drawn."""
     scores, temperature = random_scores(random), float(random.choice([0.0, 0.5, 1.0, 1.7]))
-    return {"Z": scores, "tau": temperature, "e": race(19)}, draw(scores, temperature)
+    values = race_values(scores, temperature) | {"b": block_drawn(scores, temperature)}
+    return values, draw(scores, temperature)
 
 
 def sample_softmax(random: np.random.Generator) -> tuple[dict[str, Value], torch.Tensor]:
@@ -83,9 +105,68 @@ def shown(text: str, value: Callable[[Trace], Value]) -> Meaning:
 SEEN = shown("scores for what follows the text", last_scores)
 LIKELY = shown(f"scores for what follows the text; of the {MOST_LIKELY} likeliest where a run is shown", likely_scores)
 TAU = shown(f"temperature; {WARMTH} where a run is shown", lambda _: WARMTH)
+
+
+def raced(name: str) -> Callable[[Trace], Value]:
+    """Return what finds one of the values that a race is run with."""
+    return lambda run: race_values(last_scores(run), WARMTH)[name]
+
+
+RACE = {
+    "e": shown(
+        "draws from the exponential distribution of mean 1: one for each block, then one for each entry of a block",
+        raced("e"),
+    ),
+    "n": shown("number of blocks", raced("n")),
+    "w": shown("entries of a block, the root of V rounded up", raced("w")),
+}
+MADDISON = "Gumbel 1954; Maddison et al. 2014, A* Sampling, section 2"
 HOLTZMAN = "Holtzman et al. 2020, The Curious Case of Neural Text Degeneration"
 
 FORMULAS = (
+    Formula(
+        name="generation_heat",
+        title="One step of writing: the first heat",
+        equation=equals(
+            BLOCK,
+            ArgMax(
+                plus(
+                    sympy.log(
+                        over(
+                            times(Indicator(sympy.Eq(sympy.floor(v / WIDTH), i)), sympy.exp(SCORES[v] / TEMPERATURE)),
+                            v,
+                            V,
+                        )
+                    ),
+                    -sympy.log(DRAWS[i]),
+                ),
+                i,
+                NUM_BLOCKS,
+            ),
+        ),
+        meanings={
+            "b": shown("the block that wins", lambda run: block_drawn(last_scores(run), WARMTH)),
+            "Z": SEEN,
+            "tau": TAU,
+            **RACE,
+        },
+        code="sheepop.generation.sampling:race",
+        line="winner = (weights.log_()",
+        kids="""
+            So many words want to race that the track is too narrow. So they form teams of neighbours, and the teams run
+            first. A team's head start is as large as all that the model likes in it, and a bit of luck is added.
+        """,
+        scientists="""
+            Minus the logarithm of an exponential draw has Gumbel's distribution, and the argmax of scores with such
+            noise is an exact draw from their softmax (the Gumbel-max trick). The score of a block is the logarithm of
+            the sum of its entries' powers, so a block wins with the probability that they have together.
+        """,
+        pitfalls="""
+            Taking a block's largest score in place of the sum; using the same random numbers for all texts of a batch.
+        """,
+        source=MADDISON,
+        sample=sample_heat,
+    ),
     Formula(
         name="generation_step",
         title="One step of writing",
@@ -93,34 +174,41 @@ FORMULAS = (
             TOKEN,
             cases(
                 (ArgMax(SCORES[v], v, V), sympy.Eq(TEMPERATURE, 0)),
-                otherwise=ArgMax(plus(SCORES[v] / TEMPERATURE, -sympy.log(DRAWS[v])), v, V),
+                otherwise=plus(
+                    times(WIDTH, BLOCK),
+                    ArgMax(
+                        plus(
+                            SCORES[plus(times(WIDTH, BLOCK), i)] / TEMPERATURE, -sympy.log(DRAWS[plus(NUM_BLOCKS, i)])
+                        ),
+                        i,
+                        WIDTH,
+                    ),
+                ),
             ),
         ),
         meanings={
             "x": shown("the next token", lambda run: draw(last_scores(run), WARMTH)),
             "Z": SEEN,
             "tau": TAU,
-            "e": shown(
-                "for each entry a draw from the exponential distribution of mean 1",
-                lambda run: race(run.model.config.vocab_size),
-            ),
+            "b": shown("the block that won the first heat", lambda run: block_drawn(last_scores(run), WARMTH)),
+            **RACE,
         },
-        code="sheepop.generation.sampling:sample_tokens",
-        line="scores = scores - race.log_()",
+        code="sheepop.generation.sampling:race",
+        line="return winner * width",
         kids="""
-            All words line up for a race, and each gets a head start as large as the model likes it. A bit of luck is
-            added for every runner, and whoever comes in first is written down. Without luck the favourite wins always.
+            Now the words of the winning team race alone, each with a head start as large as the model likes it and a
+            bit of luck, and whoever comes in first is written down. Without luck the favourite wins always.
         """,
         scientists="""
-            Minus the logarithm of an exponential draw has Gumbel's distribution, and the argmax of scores with such
-            noise is an exact draw from their softmax (the Gumbel-max trick), with no sum over the vocabulary. The
-            chosen token goes behind the text, and the model is asked again.
+            The same trick inside of the block, so that an entry is drawn with its block's probability times its own
+            within it: exactly its softmax, from some 2√V random numbers in place of V. The chosen token goes behind the
+            text, and the model is asked again.
         """,
         pitfalls="""
-            Using the same random numbers for all texts of a batch; taking the scores at another place than the last
-            one of the text, such as at the end of a padded row.
+            Taking the scores at another place than the last one of the text, such as at the end of a padded row;
+            dividing by a temperature of 0, which has to be the argmax instead.
         """,
-        source="Gumbel 1954; Maddison et al. 2014, A* Sampling, section 2",
+        source=MADDISON,
         sample=sample_step,
     ),
     Formula(

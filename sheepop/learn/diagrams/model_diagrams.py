@@ -161,12 +161,13 @@ def _node_of(closed: Call | None, operation: Operation, trace: ForwardTrace, cou
         title = f"{WORDS.get(operation.name, operation.name)}{number}"
         shapes = {trace.shape_text(value.shape): None for value in operation.outputs}
         return Node([*wrap(title, WIDTH), *shapes])
+    weights = [name for value in operation.inputs if value.parameter for name in value.parameter.split(" = ")]
     if closed.module is None:
-        weights = [name for value in operation.inputs if value.parameter for name in value.parameter.split(" = ")]
         return Node([f"{closed.owner}()", *wrap(" = ".join(weights) or short(closed.text), WIDTH), shape])
     kind = module_kind(trace.model.get_submodule(closed.module))
     name = closed.module.rpartition(".")[2]
-    return Node([f"{kind} × {count}", shape] if name.isdigit() else [name, kind, shape])
+    shared = [f"= {weight}" for weight in weights if not weight.startswith(f"{closed.module}.")]
+    return Node([f"{kind} × {count}", shape] if name.isdigit() else [name, kind, *shared, shape])
 
 
 def _says(operation: Operation, number: float) -> bool:

@@ -108,11 +108,11 @@ def test_a_gate_is_shown_where_there_is_one(read_mermaid: Any, activation: Any, 
 def test_the_stack_shows_positions_blocks_and_the_tied_head(read_mermaid: Any) -> None:
     rotary = read_mermaid(stack_diagram(ModelConfig(**SIZES)))
     assert rotary.after(rotary.named("rotary")) == {"TransformerBlock × 2"}
-    assert rotary.lines[rotary.named("linear()")][1:] == ["token_embedding.weight", "= head.weight", "(B, T, V)"]
+    assert rotary.lines[rotary.named("head")][2:] == ["= token_embedding.weight", "(B, T, V)"]
     learned = read_mermaid(stack_diagram(ModelConfig(**SIZES, positions="learned", tie_weights=False)))
     assert "rotary" not in learned.titles()
     assert learned.after(learned.named("position_embedding")) == {"+"}
-    assert learned.lines[learned.named("linear()")][1:] == ["head.weight", "(B, T, V)"]
+    assert learned.lines[learned.named("head")][2:] == ["(B, T, V)"]
 
 
 def test_dropout_is_drawn_only_where_something_is_dropped(read_mermaid: Any) -> None:

@@ -8,9 +8,9 @@ venv/.ready: setup.sh requirements.txt pyproject.toml
 demo: venv/.ready
 	venv/bin/sheepop demo
 
-# The tests come last, so that their summary is the last line.
+# The tests come last, so that their summary is the last line. Each computes on one thread, so two files at a time.
 test: lint
-	venv/bin/python -m pytest -q
+	venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 lint: venv/.ready
 	venv/bin/ruff check .

@@ -30,6 +30,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    # Kernels of other libraries share OpenMP's threads with PyTorch, and may leave another number of them behind.
+    if nextitem is None or nextitem.path != item.path:
+        assert torch.get_num_threads() == 1, f"{item.path.name} left PyTorch another number of threads"
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real texts beside the checkout; tests that need it are skipped where it is absent."""

@@ -24,7 +24,8 @@ class StreamDecoder:
     def push(self, token_id: int) -> str:
         """Return the text that is complete now."""
         if self._table is not None:
-            return self._bytes.decode(self._table[token_id])
+            # A model may have more entries than its tokenizer; those have no text.
+            return self._bytes.decode(self._table[token_id]) if token_id < len(self._table) else ""
         self._waiting.append(token_id)
         text = self._text_of_waiting()
         if not text or text.endswith(REPLACEMENT):

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,10 +15,16 @@ from numba import njit
 from sheepop.generation import batch_kernels, decode_kernels
 from sheepop.generation.batch_kernels import TILE
 from sheepop.generation.decode_kernels import attend
-from sheepop.generation.fast_decoding import KernelLinear
+from sheepop.generation.fast_decoding import KernelLinear, numba_threads
 from sheepop.generation.vector_exp import exp_fp32
 
 NONE = np.empty(0, dtype=np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads() -> Iterator[None]:
+    with numba_threads():
+        yield
 
 
 @settings(max_examples=25, deadline=None)

@@ -131,9 +131,8 @@ def run_two(run, *arguments, breaking=()):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_a_bad_number_on_one_of_two_processes_changes_neither(tmp_path, train_in, bad):
-    in_the_fifth_step = (bad, "sheepop.training.step.micro_batch_loss", 5)  # each has one micro-batch a step
+def test_a_bad_number_on_one_of_two_processes_changes_neither(tmp_path, train_in):
+    in_the_fifth_step = ("nan", "sheepop.training.step.micro_batch_loss", 5)  # each has one micro-batch a step
     alone = train_in(tmp_path / "alone", **SETTINGS)
     config = ["--config", alone / "config.json"]
     whole = tmp_path / "whole"

@@ -71,11 +71,18 @@ def test_long_texts_are_cut() -> None:
 @settings(deadline=None)
 @given(st.data())
 def test_a_stream_gives_what_decoding_at_once_gives(tokenizer: Tokenizer, data: st.DataObject) -> None:
-    """Also for tokens in an order that no text has, with halves of characters and entries of the model's alone."""
-    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 5)))
+    """Also for tokens in an order that no text has, with halves of characters among them."""
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1)))
     stream = StreamDecoder(tokenizer)
     pieces = [stream.push(token_id) for token_id in ids] + [stream.flush()]
     assert "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_an_entry_that_only_the_model_has_has_no_text_in_a_stream(lossless: Tokenizer) -> None:
+    first, second = lossless.encode("ab")[:1], lossless.encode("ba")[:1]
+    stream = StreamDecoder(lossless)
+    pieces = [stream.push(token_id) for token_id in (*first, lossless.vocab_size, lossless.vocab_size + 5, *second)]
+    assert "".join([*pieces, stream.flush()]) == lossless.decode([*first, *second])
 
 
 @settings(deadline=None)

@@ -181,7 +181,7 @@ def with_summary(page: str) -> str:
     if not begin:
         return page
     _, end, after = rest.partition("<!-- end of formulas -->\n")
-    table = markdown_table(("concept", "formula", "where in the code", "what it means for kids"), [*summary_rows()])
+    table = markdown_table(("concept", "for kids", "formula", "in the code"), [*summary_rows()])
     return f"{before}{begin}\n{table}\n\n{end}{after}"
 
 

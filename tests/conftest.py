@@ -1,6 +1,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    yield
     # Kernels of other libraries share OpenMP's threads with PyTorch, and may leave another number of them behind.
     if nextitem is None or nextitem.path != item.path:
         assert torch.get_num_threads() == 1, f"{item.path.name} left PyTorch another number of threads"

@@ -10,12 +10,12 @@ LEAST_CHARACTERS = 60  # of what is said for kids; a shorter first sentence take
 
 
 def summary_rows(formulas: Iterable[Formula] = FORMULAS.values()) -> Iterator[tuple[str, str, str, str]]:
-    """Return for each formula a row of Markdown: concept, formula, where in the code, what it means for kids."""
+    """Return for each formula a row of Markdown: concept, what it means for kids, formula, where in the code."""
     for formula in formulas:
         module, _, symbol = formula.code.partition(":")
         path = module.replace(".", "/") + ".py"
         where = f"[`{symbol}`]({path})"
-        yield formula.title, inline(formula.latex), where, first_sentences(formula.kids)
+        yield formula.title, first_sentences(formula.kids), inline(formula.latex), where
 
 
 def inline(latex: str) -> str:

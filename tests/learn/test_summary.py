@@ -10,7 +10,7 @@ PROJECT = Path(__file__).parents[2]
 def test_each_formula_has_a_row_whose_link_leads_to_its_code() -> None:
     rows = list(summary_rows())
     assert [row[0] for row in rows] == [formula.title for formula in FORMULAS.values()]
-    for (_, formula, where, kids), registered in zip(rows, FORMULAS.values(), strict=True):
+    for (_, kids, formula, where), registered in zip(rows, FORMULAS.values(), strict=True):
         assert formula.startswith("$`")
         assert formula.endswith("`$")
         path = PROJECT / where.partition("](")[2].rstrip(")")

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from sheepop.config import ModelConfig
+from sheepop.models.block_attention import suits_blocks, weights_in_blocks
 from sheepop.models.head_loss import rows_at_once
 
 
@@ -90,9 +91,15 @@ def kv_cache_bytes(config: ModelConfig, batch_size: int, length: int, bytes_per_
     return numbers * bytes_per_number
 
 
-def is_attention_materialized(config: ModelConfig, *, on_gpu: bool) -> bool:
-    """Say whether attention keeps its (T, T) weights: the readable one does, and on a CPU the fused one that drops."""
-    return config.attention == "reference" or (config.dropped_attention > 0 and not on_gpu)
+def attention_kernel(
+    config: ModelConfig, context: int, bytes_per_number: int, *, on_gpu: bool
+) -> Literal["reference", "blocks", "dropping", "fused"]:
+    """Return what attention learns by: written out, blocks, or fused, which on a CPU keeps all weights to drop some."""
+    if config.attention == "reference":
+        return "reference"
+    if not on_gpu and suits_blocks(context, bytes_per_number):
+        return "blocks"
+    return "dropping" if config.dropped_attention and not on_gpu else "fused"
 
 
 def layer_activation_bytes(
@@ -133,8 +140,15 @@ def layer_activation_bytes(
     if config.qk_norm:
         attention += 4 * N * (H + K) * (1 + (0 if on_gpu else C))  # scales, and normalised queries and keys
         attention += 4 * N * (H + K) * C if is_mixed else 0  # their fp32 copies
-    if is_attention_materialized(config, on_gpu=on_gpu):
-        if config.attention == "reference":
+    kernel = attention_kernel(config, T, e, on_gpu=on_gpu)
+    if kernel == "blocks":
+        # Queries, with all that they are a view of, and copies of keys and values.
+        beside = 1 if config.qk_norm or config.positions == "rotary" else 2
+        attention += e * N * (H + beside * K + 2 * K) * C
+        attention += (e + (1 if config.dropped_attention else 0)) * B * H * weights_in_blocks(T, config.sliding_window)
+        attention += projected if config.qk_norm and not is_mixed else 0
+    elif kernel != "fused":
+        if kernel == "reference":
             weights = e * (3 if config.dropped_attention else 1) + (4 if is_mixed and on_gpu else 0)
             attention += 3 * e * N * H * C
         else:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sheepop.models.attention import attention
+from sheepop.models.block_attention import BlockAttention, block_attention
 from sheepop.models.optimized_attention import optimized_attention
 
 
@@ -70,7 +71,68 @@ def test_gradients_of_optimized_equal_reference():
         torch.testing.assert_close(optimized, reference, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", [attention, optimized_attention])
+@settings(deadline=None, max_examples=40)
+@given(
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    time=st.integers(1, 200),
+    window=st.one_of(st.just(0), st.integers(1, 220)),
+    documents=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_blocks_learn_as_the_reference(kv_heads, group, time, window, documents, seed):
+    parts = tensors(2, kv_heads * group, kv_heads, time, time, 5, seed)
+    random = torch.Generator().manual_seed(seed)
+    ids = (torch.rand(2, time, generator=random) < 0.05).cumsum(1) if documents else None
+    wanted = torch.randn(2, kv_heads * group, time, 5, generator=random)
+    results = []
+    for implementation in (attention, block_attention):
+        leaves = [part.clone().requires_grad_() for part in parts]
+        mixed = implementation(*leaves, window=window, document_ids=ids)
+        mixed.backward(wanted)
+        results.append([mixed.detach(), *(leaf.grad for leaf in leaves)])
+    for reference, blocks in zip(*results, strict=True):
+        torch.testing.assert_close(blocks, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_on_a_cpu_goes_in_blocks_and_nothing_else_does(dtype, monkeypatch):
+    calls = []
+    monkeypatch.setattr(BlockAttention, "apply", lambda query, *rest: calls.append(query.dtype) or query)
+    time = 256 if dtype == torch.float32 else 64
+    query, key, value = (part.to(dtype) for part in tensors(1, 2, 2, time, time, 4))
+    optimized_attention(query, key, value)
+    with torch.no_grad():
+        optimized_attention(query.clone().requires_grad_(), key, value)
+    optimized_attention(query[:, :, :9].clone().requires_grad_(), key, value)  # as with a cache
+    assert not calls
+    optimized_attention(query.clone().requires_grad_(), key, value)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        optimized_attention(query.float().requires_grad_(), key.float(), value.float())
+    assert calls == [dtype, torch.bfloat16]
+
+
+def test_blocks_drop_weights_in_the_backward_pass_as_in_the_forward_pass():
+    """The mixture is linear in the values, so that their gradient times them is the mixture times its gradient."""
+    query, key, value = (part.double().requires_grad_() for part in tensors(2, 4, 2, 150, 150, 3))
+    wanted = torch.randn(2, 4, 150, 3, dtype=torch.float64)
+    mixed = block_attention(query, key, value, dropout=0.4)
+    mixed.backward(wanted)
+    assert (value.grad * value).sum().item() == pytest.approx((mixed * wanted).sum().item(), rel=1e-6)
+
+    # The gradient of the queries by a difference, with the same weights dropped.
+    step = 1e-6 * torch.randn_like(query)
+    difference = 0.0
+    for sign in (1, -1):
+        torch.manual_seed(3)
+        difference += sign * (block_attention(query + sign * step, key, value, dropout=0.4) * wanted).sum().item() / 2
+    query.grad = None
+    torch.manual_seed(3)
+    (block_attention(query, key, value, dropout=0.4) * wanted).sum().backward()
+    assert (query.grad * step).sum().item() == pytest.approx(difference, rel=1e-5)
+
+
+@pytest.mark.parametrize("implementation", [attention, optimized_attention, block_attention])
 def test_dropout_drops_weights_and_keeps_the_mean(implementation):
     torch.manual_seed(0)
     query, key, value = tensors(64, 2, 2, 9, 9, 3)

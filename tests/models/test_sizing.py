@@ -31,7 +31,7 @@ def model_config(preset, **settings):
     return load_config(preset=preset, overrides=overrides).model
 
 
-def bytes_saved_for_backward(config, *, dtype=None, document_ids=None):
+def bytes_saved_for_backward(config, *, dtype=None, document_ids=None, time=T):
     """Bytes of the distinct blocks of memory that autograd keeps, without weights and without the head's gradients."""
     torch.manual_seed(0)
     model = TransformerModel(config).train()
@@ -44,11 +44,11 @@ def bytes_saved_for_backward(config, *, dtype=None, document_ids=None):
             blocks[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    token_ids = torch.randint(0, config.vocab_size, (B, T))
+    token_ids = torch.randint(0, config.vocab_size, (B, time))
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
         model(token_ids, targets=token_ids, document_ids=document_ids)
-    return sum(blocks.values()) - 4 * config.d_model * (V + B * T)
+    return sum(blocks.values()) - 4 * config.d_model * (V + B * time)
 
 
 VARIANTS = [
@@ -78,6 +78,28 @@ def test_activations_are_those_that_autograd_keeps(preset, settings, dtype):
     config = model_config(preset, **settings)
     estimate = activation_bytes(config, batch_size=B, context=T, bytes_per_number=4 if dtype is None else 2)
     assert estimate == pytest.approx(bytes_saved_for_backward(config, dtype=dtype), rel=TOLERANCE)
+
+
+BLOCK_VARIANTS = [
+    ("classic", {"dropout": 0.0}),
+    ("classic", {"dropout": 0.2, "num_kv_heads": 2}),
+    ("classic", {"dropout": 0.0, "sliding_window": 70}),
+    ("modern", {}),
+    ("modern", {"dropout": 0.2, "sliding_window": 9}),
+    ("modern", {"qk_norm": False, "num_heads": 5, "num_kv_heads": 5}),
+    ("modern", {"qk_norm": False, "positions": "none"}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("preset", "settings"), BLOCK_VARIANTS, ids=str)
+def test_activations_of_attention_in_blocks(preset, settings, dtype):
+    context = 300 if dtype is None else 150
+    config = model_config(preset, max_seq_len=context, **settings)
+    estimate = activation_bytes(config, batch_size=B, context=context, bytes_per_number=4 if dtype is None else 2)
+    saved = bytes_saved_for_backward(config, dtype=dtype, time=context)
+    assert estimate == pytest.approx(saved, rel=TOLERANCE)
 
 
 def test_a_document_mask_costs_a_matrix_a_layer():

@@ -1,10 +1,11 @@
 """What each part of the recipe is worth: validation loss of equally many steps with one setting changed.
 
-    python benchmarks/ablations.py --data FOLDER [FOLDER ...]              # prepared folders
-    python benchmarks/ablations.py --data FOLDER --only base ngrams --sizes small --steps 100
+    python benchmarks/ablations.py --data FOLDER [FOLDER ...] --results runs.jsonl      # prepared folders
+    python benchmarks/ablations.py --data FOLDER --results runs.jsonl --only base "RMSNorm" --sizes small --steps 100
 
-Losses are over the whole validation split, so that seeds and not samples are the noise (some 0.005); a step's time is
-the median of the run's own clock, and compares within one run of this script only.
+What the results file has already is not trained again. Losses are over the whole validation split, so that seeds and not
+samples are the noise (some 0.005); a step's time is the median of the run's own clock, and compares within one run of
+this script only.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Container
+from itertools import product
 from pathlib import Path
 
 from common import median, show
@@ -78,20 +81,30 @@ def train(data: Path, settings: dict[str, object], steps: int) -> dict[str, obje
     return {"loss": last["loss"], "bits/byte": last["bits_per_byte"], "ms a step": 1e3 * tokens / median(speeds)}
 
 
+def drop(row: dict[str, object], names: Container[str]) -> dict[str, object]:
+    return {name: value for name, value in row.items() if name not in names}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, nargs="+", help="prepared folders")
+    parser.add_argument("--results", required=True, type=Path, help="where each run's result is added as a line")
     parser.add_argument("--sizes", choices=SIZES, nargs="+", default=list(SIZES))
     parser.add_argument("--only", choices=VARIANTS, nargs="+", default=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()
-    for size in options.sizes:
-        for data in options.data:
-            rows: list[dict[str, object]] = []
-            for name in options.only:
-                settings = BASE | SIZES[size] | VARIANTS[name]
-                rows.append({"variant": name, **train(data, settings, options.steps)})
-            show(f"{size}, {data.name}, {options.steps} steps", rows)
+    options.results.touch()
+    results = [json.loads(line) for line in options.results.read_text().splitlines()]
+    for size, name, data in product(options.sizes, options.only, options.data):
+        run: dict[str, object] = {"size": size, "text": data.name, "steps": options.steps, "variant": name}
+        if not any(run.items() <= result.items() for result in results):
+            results.append(run | train(data, BASE | SIZES[size] | VARIANTS[name], options.steps))
+            with options.results.open("a") as file:
+                file.write(json.dumps(results[-1]) + "\n")
+    for size, data in product(options.sizes, options.data):
+        shown = {"size": size, "text": data.name, "steps": options.steps}
+        rows = [result for result in results if shown.items() <= result.items()]
+        show(f"{size}, {data.name}, {options.steps} steps", [drop(row, shown) for row in rows])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/ablations.py --data FOLDER [FOLDER ...] --results runs.jsonl      # prepared folders
     python benchmarks/ablations.py --data FOLDER --results runs.jsonl --only base "RMSNorm" --sizes small --steps 100
 
-What the results file has already is not trained again. Losses are over the whole validation split, so that seeds and not
+What the results file has already is not trained again. Losses are over the whole validation split, so that seeds, not
 samples are the noise (some 0.005); a step's time is the median of the run's own clock, and compares within one run of
 this script only.
 """

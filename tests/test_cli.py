@@ -392,10 +392,11 @@ def test_evaluate_json(place, sheepop):
     assert elsewhere["bytes"] == (place / "hill.txt").stat().st_size
 
 
-def test_a_model_with_a_window_and_sinks_trains_writes_and_is_scored(place, sheepop):
+@pytest.mark.parametrize("start", [[], ["--init-from", "run"]], ids=["new", "from a model without"])
+def test_a_model_with_a_window_and_sinks_trains_writes_and_is_scored(place, sheepop, start):
     settings = ["--model.sliding_window", "4", "--model.attention_sinks", "2", "--data.packing", "best_fit"]
     arguments = ["--data", "hill.txt", "--config", "config.json", "--training.max_steps", "3", "--output", "sunk"]
-    assert sheepop("train", *arguments, *settings)[0] == 0
+    assert sheepop("train", *arguments, *start, *settings)[0] == 0
     arguments = ["--checkpoint", "sunk", "--prompt", "the sheep", "--max-new-tokens", "30", "--json"]
     texts = [
         json.loads(sheepop("generate", *arguments, *ways)[1])["completions"]

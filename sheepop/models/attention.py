@@ -77,13 +77,7 @@ def attention(
     value = value.repeat_interleave(heads_per_group, dim=1)
     scores = tap("attention.scores", query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1]))  # (B, H, T, S)
     if mask is None:
-        mask = visible(
-            query.shape[2],
-            key.shape[2],
-            window=window,
-            sinks=sinks,
-            document_ids=document_ids,
-            device=query.device,
-        )
+        times = query.shape[2], key.shape[2]
+        mask = visible(*times, window=window, sinks=sinks, document_ids=document_ids, device=query.device)
     weights = tap("attention.weights", scores.masked_fill(~tap("attention.mask", mask), -math.inf).softmax(dim=-1))
     return F.dropout(weights, dropout) @ value  # (B, H, T, C)

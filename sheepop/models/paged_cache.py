@@ -186,11 +186,12 @@ class PagedCache:
 
     def _drop_unseen(self, sequence: CachedSequence) -> None:
         """Give back the pages whose tokens are all out of sight for what is still to come."""
-        unseen = self.first_in_window(sequence.length) // self.page_size
-        for page in sequence.pages[max(self.sink_pages, sequence.dropped.stop) : unseen]:
+        begin = max(self.sink_pages, sequence.dropped.stop)
+        end = self.first_in_window(sequence.length) // self.page_size
+        for page in sequence.pages[begin:end]:
             self._give_back(page)
-        if unseen > max(self.sink_pages, sequence.dropped.stop):
-            sequence.dropped = range(self.sink_pages, unseen)
+        if begin < end:
+            sequence.dropped = range(self.sink_pages, end)
 
     def _give_back(self, page: int) -> None:
         self._references[page] -= 1

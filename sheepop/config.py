@@ -83,6 +83,9 @@ class ModelConfig(Section):
     )
     qk_norm: bool = Field(False, description="RMS-normalise queries and keys of each head")
     sliding_window: Derived = Field(0, description="each token sees this many tokens back, itself included; 0: all")
+    attention_sinks: Annotated[int, Field(ge=0)] = Field(
+        0, description="the first so many tokens of a text stay in sight beside the sliding window"
+    )
     attention: Literal["optimized", "reference"] = Field(
         "optimized", description="fused kernels, or the same attention written out to be read"
     )
@@ -154,6 +157,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"rope_scaling '{self.rope_scaling}' does not go with rope_scaling_factor "
                 f"{self.rope_scaling_factor}: set both, or leave both"
+            )
+        if self.attention_sinks and not self.sliding_window:
+            raise ValueError(
+                f"attention_sinks ({self.attention_sinks}) needs a sliding_window above 0: without one each token "
+                "sees the first tokens anyway"
             )
         return self
 

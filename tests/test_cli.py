@@ -392,6 +392,27 @@ def test_evaluate_json(place, sheepop):
     assert elsewhere["bytes"] == (place / "hill.txt").stat().st_size
 
 
+@pytest.mark.parametrize("start", [[], ["--init-from", "run"]], ids=["new", "from a model without"])
+def test_a_model_with_a_window_and_sinks_trains_writes_and_is_scored(place, sheepop, start):
+    settings = ["--model.sliding_window", "4", "--model.attention_sinks", "2", "--data.packing", "best_fit"]
+    arguments = ["--data", "hill.txt", "--config", "config.json", "--training.max_steps", "3", "--output", "sunk"]
+    assert sheepop("train", *arguments, *start, *settings)[0] == 0
+    arguments = ["--checkpoint", "sunk", "--prompt", "the sheep", "--max-new-tokens", "30", "--json"]
+    texts = [
+        json.loads(sheepop("generate", *arguments, *ways)[1])["completions"]
+        for ways in (["--optimized"], ["--no-optimized"])
+    ]
+    assert texts[0] == texts[1]
+    for ways in ([], ["--stride", "1"]):
+        code, out, _ = sheepop("evaluate", "--checkpoint", "sunk", "--json", *ways)
+        assert code == 0
+        assert math.isfinite(json.loads(out)["loss"])
+    for file_format in ("hf", "gguf"):
+        code, _, err = sheepop("export", "--checkpoint", "sunk", "--format", file_format, "--output", "exported")
+        assert code == 4
+        assert "model.attention_sinks is 2, not 0" in err
+
+
 def test_help_waits_for_nothing_heavy():
     script = """
 import sys

@@ -113,6 +113,8 @@ def test_the_highest_level_sets_the_length(tmp_path, file, overrides, expected):
         ({"model.num_layers": 0}, ["model.num_layers", "greater than 0"]),
         ({"training.learning_rate": float("nan")}, ["training.learning_rate", "nan", "finite"]),
         ({"training.max_steps": 5, "training.max_epochs": 2}, ["max_epochs and max_steps"]),
+        ({"model.attention_sinks": 4}, ["attention_sinks (4)", "sliding_window"]),
+        ({"model.attention_sinks": -1, "model.sliding_window": 8}, ["model.attention_sinks", "-1"]),
         ({"model.rope_scaling": "linear"}, ["rope_scaling 'linear'", "rope_scaling_factor 1.0"]),
         (
             {"model.rope_scaling": "ntk", "model.rope_scaling_factor": 2.0, "model.positions": "learned"},

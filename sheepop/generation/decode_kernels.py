@@ -185,13 +185,21 @@ def place_heads(
 
 @njit(parallel=True, fastmath=ANY_ORDER, cache=True)
 def attend(
-    projected: Floats, positions: Integers, keys: Floats, values: Floats, pages: Integers, window: int, outputs: Floats
+    projected: Floats,
+    positions: Integers,
+    keys: Floats,
+    values: Floats,
+    pages: Integers,
+    window: int,
+    sinks: int,
+    outputs: Floats,
 ) -> None:
     """Set outputs (N, H, C) to the attention of each sequence's newest token over its tokens (`attention.py`).
 
     Args:
         projected, positions, keys, values, pages: as in `place_heads`, after it.
         window: how many tokens back are seen, the newest included; 0 means all.
+        sinks: how many of the first tokens are seen beside the window.
     """
     kv_heads, page_size, width = keys.shape[1:]
     group = (projected.shape[1] - 2 * kv_heads) // kv_heads
@@ -201,49 +209,55 @@ def attend(
         n, k = task // kv_heads, task % kv_heads
         end = positions[n] + 1
         start = max(0, end - window) if window else 0
-        scores = np.zeros((group, end + TILE), dtype=np.float32)
-        for index in range(start // page_size, (end - 1) // page_size + 1):
-            page, first = keys[pages[n, index], k], index * page_size
-            t, last = max(start - first, 0), min(end, first + page_size) - first
-            while t < last:
-                at_once = TILE if t + TILE <= page_size else 1
-                if t + at_once < page_size:
-                    fetch_rows(page, t + at_once)
-                elif first + page_size < end:
-                    fetch_rows(keys[pages[n, index + 1], k], 0)
-                for h in range(group):
-                    query = projected[n, k * group + h]
-                    if at_once == TILE:  # keys behind the last one may be read, and are not used
-                        add_scores(query, page, t, scores[h], first + t)
-                    for place in range(t, min(t + at_once, last)):
-                        for c in range(whole if at_once == TILE else 0, width):
-                            scores[h, first + place] += query[c] * page[place, c]
-                t += at_once
+        sunk = min(sinks, start)
+        seen = sunk + end - start
+        scores = np.zeros((group, seen + TILE), dtype=np.float32)
+        for begin, stop, ahead in ((0, sunk, 0), (start, end, start - sunk)):  # token t's score is at t - ahead
+            for index in range(begin // page_size, (stop - 1) // page_size + 1):
+                page, first = keys[pages[n, index], k], index * page_size
+                t, last = max(begin - first, 0), min(stop, first + page_size) - first
+                while t < last:
+                    at_once = TILE if t + TILE <= page_size else 1
+                    if t + at_once < page_size:
+                        fetch_rows(page, t + at_once)
+                    elif first + page_size < stop:
+                        fetch_rows(keys[pages[n, index + 1], k], 0)
+                    for h in range(group):
+                        query = projected[n, k * group + h]
+                        if at_once == TILE:  # keys behind the last one may be read, and are not used
+                            add_scores(query, page, t, scores[h], first + t - ahead)
+                        for place in range(t, min(t + at_once, last)):
+                            for c in range(whole if at_once == TILE else 0, width):
+                                scores[h, first + place - ahead] += query[c] * page[place, c]
+                    t += at_once
+            if stop < end:  # the window's scores are added where those of keys behind the sinks were
+                scores[:, sunk : sunk + TILE] = NOTHING
         for h in range(group):
-            highest = scores[h, start:end].max()
+            highest = scores[h, :seen].max()
             total = NOTHING
-            for t in range(start, end):
+            for t in range(seen):
                 scores[h, t] = exp_fp32((scores[h, t] - highest) * factor)
                 total += scores[h, t]
-            for t in range(start, end):
+            for t in range(seen):
                 scores[h, t] /= total
             outputs[n, k * group + h] = NOTHING
-        for index in range(start // page_size, (end - 1) // page_size + 1):
-            page, first = values[pages[n, index], k], index * page_size
-            t, last = max(start - first, 0), min(end, first + page_size) - first
-            while t < last:
-                until = min(t + TILE, last)
-                if until < page_size:
-                    fetch_rows(page, until)
-                elif first + page_size < end:
-                    fetch_rows(values[pages[n, index + 1], k], 0)
-                for h in range(group):
-                    mixed = outputs[n, k * group + h]
-                    add_values(scores[h], first + t, page, t, until, mixed)
-                    for place in range(t, until):
-                        for c in range(whole, width):
-                            mixed[c] += scores[h, first + place] * page[place, c]
-                t = until
+        for begin, stop, ahead in ((0, sunk, 0), (start, end, start - sunk)):
+            for index in range(begin // page_size, (stop - 1) // page_size + 1):
+                page, first = values[pages[n, index], k], index * page_size
+                t, last = max(begin - first, 0), min(stop, first + page_size) - first
+                while t < last:
+                    until = min(t + TILE, last)
+                    if until < page_size:
+                        fetch_rows(page, until)
+                    elif first + page_size < stop:
+                        fetch_rows(values[pages[n, index + 1], k], 0)
+                    for h in range(group):
+                        mixed = outputs[n, k * group + h]
+                        add_values(scores[h], first + t - ahead, page, t, until, mixed)
+                        for place in range(t, until):
+                            for c in range(whole, width):
+                                mixed[c] += scores[h, first + place - ahead] * page[place, c]
+                    t = until
 
 
 @njit(parallel=True, fastmath=ANY_ORDER, cache=True)

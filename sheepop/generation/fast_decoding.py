@@ -86,7 +86,7 @@ class FastDecoder:
             layer.attention_norm(stream, normed)
             layer.query_key_value(normed, projected.reshape(rows, -1), False)
             kernels.place_heads(projected, query_norm, key_norm, config.layer_norm_eps, self.turns, *stored)
-            kernels.attend(projected, *stored, config.sliding_window, mixed)
+            kernels.attend(projected, *stored, config.sliding_window, config.attention_sinks, mixed)
             if config.parallel_residual:  # the feed-forward reads what attention read
                 layer.feed_forward_norm(stream, normed)
             layer.attention_output(mixed.reshape(rows, -1), stream, True)

@@ -190,6 +190,7 @@ def gpt2_misfits(model: ModelConfig) -> dict[str, str]:
             qk_norm=(False,),
             parallel_residual=(False,),
             sliding_window=(0,),
+            attention_sinks=(0,),
         ),
         **heads_fill_the_width(model),
     }
@@ -265,6 +266,7 @@ def neox_misfits(model: ModelConfig) -> dict[str, str]:
             num_kv_heads=(model.num_heads,),
             qk_norm=(False,),
             sliding_window=(0,),
+            attention_sinks=(0,),
         ),
         **heads_fill_the_width(model),
     }
@@ -348,6 +350,7 @@ def llama_misfits(model: ModelConfig) -> dict[str, str]:
             qk_norm=(False,),
             parallel_residual=(False,),
             sliding_window=(0,),
+            attention_sinks=(0,),
         ),
         **turns_all(model),
     }
@@ -442,6 +445,7 @@ def qwen3_misfits(model: ModelConfig) -> dict[str, str]:
             qk_norm=(True,),
             bias=(False,),
             parallel_residual=(False,),
+            attention_sinks=(0,),
         ),
         **turns_all(model),
     }

@@ -36,9 +36,9 @@ def learns_in_blocks(query: Tensor, key: Tensor) -> bool:
     return query.shape[2] == key.shape[2] and suits_blocks(query.shape[2], dtype.itemsize)
 
 
-def weights_in_blocks(time: int, window: int) -> int:
+def weights_in_blocks(time: int, window: int, sinks: int) -> int:
     """Return how many weights a head keeps for a text of so many tokens, those that are zero included."""
-    return sum((here.stop - here.start) * (seen.stop - seen.start) for here, seen in blocks(time, window))
+    return sum((here.stop - here.start) * (seen.stop - seen.start) for here, seen in blocks(time, window, sinks))
 
 
 def block_attention(
@@ -47,6 +47,7 @@ def block_attention(
     value: Tensor,
     *,
     window: int = 0,
+    sinks: int = 0,
     document_ids: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -55,7 +56,7 @@ def block_attention(
     Args:
         query: (B, H, T, C).
         key, value: (B, K, T, C).
-        window, document_ids, dropout: see `attention`.
+        window, sinks, document_ids, dropout: see `attention`.
 
     Returns:
         (B, H, T, C), laid out as (B, T, H, C).
@@ -64,15 +65,16 @@ def block_attention(
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.autocast("cpu", enabled=False):
-        return BlockAttention.apply(query, key, value, window, document_ids, dropout)  # type: ignore[no-untyped-call, no-any-return]
+        return BlockAttention.apply(query, key, value, window, sinks, document_ids, dropout)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def blocks(time: int, window: int) -> Iterator[tuple[slice, slice]]:
-    """Yield for each block its queries, and the keys that any of them sees."""
+def blocks(time: int, window: int, sinks: int) -> Iterator[tuple[slice, slice]]:
+    """Yield for each block its queries and the keys that any of them sees: with sinks, which are in front, all."""
+    is_short = window and not sinks
     size = max(LEAST_QUERIES, -(-time // MOST_BLOCKS))
     for start in range(0, time, size):
         stop = min(time, start + size)
-        yield slice(start, stop), slice(max(0, start - window + 1) if window else 0, stop)
+        yield slice(start, stop), slice(max(0, start - window + 1) if is_short else 0, stop)
 
 
 class BlockAttention(torch.autograd.Function):
@@ -85,6 +87,7 @@ class BlockAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         window: int,
+        sinks: int,
         document_ids: Tensor | None,
         dropout: float,
     ) -> Tensor:
@@ -95,12 +98,12 @@ class BlockAttention(torch.autograd.Function):
         mixed = query.new_empty(B, T, H, C).transpose(1, 2)
         mixed_by_group = by_group(mixed, K)
         all_weights, all_kept = [], []
-        for here, seen in blocks(T, window):
+        for here, seen in blocks(T, window, sinks):
             rows = queries[:, :, :, here].reshape(B * K, -1, C)  # (BK, Gn, C)
             scores = torch.baddbmm(
                 rows.new_empty(()), rows, key[:, seen].transpose(1, 2), beta=0, alpha=1 / math.sqrt(C)
             )
-            hide(scores.view(B, H, -1, scores.shape[-1]), seen, window, document_ids)
+            hide(scores.view(B, H, -1, scores.shape[-1]), seen, window, sinks, document_ids)
             weights = scores.softmax(-1)  # (BK, Gn, S)
             all_weights.append(weights)
             if dropout:
@@ -108,7 +111,7 @@ class BlockAttention(torch.autograd.Function):
                 all_kept.append(kept)
             mixed_by_group[:, :, :, here] = (weights @ value[:, seen]).view(B, K, H // K, -1, C)
         ctx.save_for_backward(query, key, value, *all_weights, *all_kept)
-        ctx.window, ctx.dropout = window, dropout
+        ctx.bounds, ctx.dropout = list(blocks(T, window, sinks)), dropout
         return mixed
 
     @staticmethod
@@ -116,14 +119,13 @@ class BlockAttention(torch.autograd.Function):
         """Return the gradients of query, key and value for the gradient (B, H, T, C) of what came out."""
         query, key, value, *rest = ctx.saved_tensors
         (B, H, T, C), K = query.shape, key.shape[0] // query.shape[0]
-        bounds = list(blocks(T, ctx.window))
-        all_weights, all_kept = rest[: len(bounds)], rest[len(bounds) :]
+        all_weights, all_kept = rest[: len(ctx.bounds)], rest[len(ctx.bounds) :]
         queries, gradients = by_group(query, K), by_group(gradient, K)  # (B, K, G, T, C) each
         query_gradient = query.new_empty(B, T, H, C).transpose(1, 2)
         query_gradient_by_group = by_group(query_gradient, K)
         key_gradient, value_gradient = torch.zeros_like(key), torch.zeros_like(value)  # (BK, T, C) each
         scale = 1 / math.sqrt(C)
-        for number, (here, seen) in enumerate(bounds):
+        for number, (here, seen) in enumerate(ctx.bounds):
             rows = queries[:, :, :, here].reshape(B * K, -1, C)  # (BK, Gn, C)
             errors = gradients[:, :, :, here].reshape(B * K, -1, C)
             weights = dropped = all_weights[number]  # (BK, Gn, S)
@@ -137,7 +139,7 @@ class BlockAttention(torch.autograd.Function):
             moved = (score_errors @ key[:, seen]).mul_(scale)
             query_gradient_by_group[:, :, :, here] = moved.view(B, K, H // K, -1, C)
         keys = (gradient.view(B, K, T, C) for gradient in (key_gradient, value_gradient))
-        return query_gradient, *keys, None, None, None
+        return query_gradient, *keys, None, None, None, None
 
 
 def by_group(heads: Tensor, num_kv_heads: int) -> Tensor:
@@ -145,11 +147,11 @@ def by_group(heads: Tensor, num_kv_heads: int) -> Tensor:
     return heads.unflatten(1, (num_kv_heads, -1))  # type: ignore[no-untyped-call, no-any-return]
 
 
-def hide(scores: Tensor, seen: slice, window: int, document_ids: Tensor | None) -> None:
+def hide(scores: Tensor, seen: slice, window: int, sinks: int, document_ids: Tensor | None) -> None:
     """Set the scores (B, H, n, S) of the last n tokens of `seen` to -∞ where they do not see the key."""
     if not window and document_ids is None:
         scores = scores[..., -scores.shape[2] :]  # all keys before the block are seen
     elif document_ids is not None:
         document_ids = document_ids[:, seen]
-    mask = visible(*scores.shape[-2:], window=window, document_ids=document_ids, device=scores.device)
+    mask = visible(*scores.shape[-2:], window=window, sinks=sinks, document_ids=document_ids, device=scores.device)
     scores.masked_fill_(~mask, -math.inf)

@@ -79,7 +79,7 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.head_dim, self.window = config.head_dim, config.sliding_window
+        self.head_dim, self.window, self.sinks = config.head_dim, config.sliding_window, config.attention_sinks
         self.dropout = config.dropped_attention
         heads = config.num_heads + 2 * config.num_kv_heads
         self.query_key_value = Linear(config.d_model, heads * config.head_dim, bias=config.bias)
@@ -114,6 +114,7 @@ class MultiHeadAttention(nn.Module):
             key,
             value,
             window=self.window,
+            sinks=self.sinks,
             document_ids=context.document_ids,
             mask=context.mask,
             dropout=self.dropout if self.training else 0.0,

@@ -21,8 +21,12 @@ class Cache(Protocol):
         """Return where the next `time` tokens stand in their texts: one slice for all rows, or (B, T)."""
         ...
 
-    def mask(self, time: int, window: int) -> Tensor | None:
-        """Say which keys the next `time` tokens see, (B, 1, T, S); None where they are the last of all S, in order."""
+    def mask(self, time: int, window: int, sinks: int) -> Tensor | None:
+        """Say which keys the next `time` tokens see, (B, 1, T, S), window and sinks as in `attention.py`.
+
+        None where the tokens are the last of all S, in order, but for keys between the sinks and the windows, which may
+        be missing where there is one token.
+        """
         ...
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +65,7 @@ class KVCache:
         """Return where the next `time` tokens stand, the same for all rows."""
         return slice(self.length, self.length + time)
 
-    def mask(self, time: int, window: int) -> None:
+    def mask(self, time: int, window: int, sinks: int) -> None:
         """Leave it to attention: the new tokens are the last ones, in order."""
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,14 +31,14 @@ class CachedSequence:
         pages: numbers of its pages in order; token t lies in `pages[t // page_size]`, at place t % page_size.
         token_ids: the tokens whose keys and values are stored.
         digests: of each of its full pages, the digest of all tokens up to the page's end.
-        num_dropped: how many of the first pages were given back because no later token sees them (a model with a
-            sliding window); their numbers in `pages` mean nothing any more.
+        dropped: which of its pages were given back because no later token sees them (a model with a sliding window);
+            their numbers in `pages` mean nothing any more.
     """
 
     pages: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
-    num_dropped: int = 0
+    dropped: range = range(0)
 
     @property
     def length(self) -> int:
@@ -71,7 +71,7 @@ class PagedCache:
         self.num_pages, self.page_size = num_pages, page_size
         self.num_heads, self.device = config.num_kv_heads, torch.device(device)
         self.num_recent = config.ngram_order - 1  # tokens before a new one that the embedding reads
-        self.window = config.sliding_window
+        self.window, self.sink_pages = config.sliding_window, self.pages_for(config.attention_sinks)
         self._references = [0] * num_pages
         self._empty = list(range(num_pages))
         self._idle: OrderedDict[int, None] = OrderedDict()  # with content and without references, oldest first
@@ -155,16 +155,17 @@ class PagedCache:
                 self._page_of[digest], self._digest_of[page] = page, digest
         self._drop_unseen(sequence)
 
-    def first_seen(self, length: int) -> int:
-        """Return the first token that the one behind `length` tokens sees."""
+    def first_in_window(self, length: int) -> int:
+        """Return the first token that the one behind `length` tokens sees, sinks aside."""
         return max(0, length + 1 - self.window) if self.window else 0
 
     def release(self, sequence: CachedSequence) -> None:
         """Take all pages from a sequence, which is empty afterwards."""
         # The end of a text first, to be the first that makes room: fewer texts begin with all of it.
-        for page in reversed(sequence.pages[sequence.num_dropped :]):
-            self._give_back(page)
-        sequence.pages, sequence.token_ids, sequence.digests, sequence.num_dropped = [], [], [], 0
+        for number in reversed(range(len(sequence.pages))):
+            if number not in sequence.dropped:
+                self._give_back(sequence.pages[number])
+        sequence.pages, sequence.token_ids, sequence.digests, sequence.dropped = [], [], [], range(0)
 
     def forget(self) -> None:
         """Let no page be found again that is there now; sequences keep theirs."""
@@ -185,10 +186,12 @@ class PagedCache:
 
     def _drop_unseen(self, sequence: CachedSequence) -> None:
         """Give back the pages whose tokens are all out of sight for what is still to come."""
-        unseen = self.first_seen(sequence.length) // self.page_size
-        for page in sequence.pages[sequence.num_dropped : unseen]:
+        begin = max(self.sink_pages, sequence.dropped.stop)
+        end = self.first_in_window(sequence.length) // self.page_size
+        for page in sequence.pages[begin:end]:
             self._give_back(page)
-        sequence.num_dropped = max(sequence.num_dropped, unseen)
+        if begin < end:
+            sequence.dropped = range(self.sink_pages, end)
 
     def _give_back(self, page: int) -> None:
         self._references[page] -= 1

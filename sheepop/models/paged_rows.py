@@ -28,14 +28,18 @@ class PagedRows:
         begins, lengths = torch.tensor([starts, counts], device=device)[..., None]  # (B, 1) each
         steps = torch.arange(T, device=device)  # (T,)
         self._positions = begins + steps.minimum(lengths - 1)  # (B, T); the padding repeats a row's last place
-        # Of all pages those from the first that any row sees to the last that any row fills.
-        first, last = min(map(cache.first_seen, starts)) // cache.page_size, cache.pages_for(self._end)
-        self._begin = first * cache.page_size
-        table = [[*sequence.pages[first:last], *[0] * (last - len(sequence.pages))] for sequence in sequences]
+        # Of all pages those from the first in any row's window to the last that any row fills, behind those of sinks.
+        first, last = min(map(cache.first_in_window, starts)) // cache.page_size, cache.pages_for(self._end)
+        sunk = min(cache.sink_pages, first)
+        self._begin, self._sunk = first * cache.page_size, sunk * cache.page_size
+        table = [
+            [*sequence.pages[:sunk], *sequence.pages[first:last], *[0] * (last - len(sequence.pages))]
+            for sequence in sequences
+        ]
         pages = torch.tensor(table, device=device)  # (B, P)
         heads = torch.arange(K, device=device)[:, None]  # (K, 1)
         self._blocks = (pages[:, None] * K + heads).flatten()  # (B·K·P,)
-        own = pages.gather(1, self._positions // cache.page_size - first)[:, None] * K + heads  # (B, K, T)
+        own = pages.gather(1, self._positions // cache.page_size - first + sunk)[:, None] * K + heads  # (B, K, T)
         places = (own * cache.page_size + (self._positions % cache.page_size)[:, None]).flatten()  # (B·K·T,)
         self._real: Tensor | None = None  # which of (B·K·T,) are not padding; None for all
         if len(set(counts)) > 1:
@@ -47,7 +51,7 @@ class PagedRows:
         """Return where the tokens stand in their texts: one slice for all rows, or (B, T)."""
         return slice(self._first, self._first + time) if self._is_even else self._positions
 
-    def mask(self, time: int, window: int) -> Tensor | None:
+    def mask(self, time: int, window: int, sinks: int) -> Tensor | None:
         """Say which keys the tokens see, (B, 1, T, S); None for even rows of one token or of whole texts.
 
         For those attention has faster ways; for others the mask is made here, once for all layers.
@@ -55,10 +59,13 @@ class PagedRows:
         if self._is_even and (time == 1 or self._first == 0):
             return None
         queries = self._positions[:, None, :, None]  # (B, 1, T, 1)
-        keys = torch.arange(self._begin, self._end, device=self._cache.device)  # (S,)
+        keys = torch.arange(self._begin - self._sunk, self._end, device=self._cache.device)  # (S,)
+        if sinks:
+            keys[: self._sunk] -= self._begin - self._sunk  # where the sinks' pages stand
         seen: Tensor = keys <= queries
         if window:
-            seen &= keys > queries - window
+            in_sight = keys > queries - window
+            seen &= in_sight | (keys < sinks) if sinks else in_sight
         return seen
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +76,7 @@ class PagedRows:
             new = [part[self._real] for part in new]
         self._cache.store(layer, self._places, *new)
         keys, values = self._cache.load(layer, self._blocks)  # (B·K·P, page_size, C)
-        S = self._end - self._begin
+        S = self._sunk + self._end - self._begin
         return keys.view(B, K, -1, C)[:, :, :S], values.view(B, K, -1, C)[:, :, :S]
 
     def advance(self, token_ids: Tensor) -> None:

@@ -126,3 +126,11 @@ def turn(vectors: Tensor, table: Tensor, *, back: bool) -> Tensor:
     first, second = vectors[..., 0::2], vectors[..., 1::2]  # (..., C/2) each
     turned = torch.stack((first * cosines - second * sines, first * sines + second * cosines), dim=-1)
     return turned.flatten(-2).to(vectors.dtype)
+
+
+def document_starts(document_ids: Tensor) -> Tensor:
+    """Return for each token of (B, T) the index at which its document begins in the row."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.where(begins, index, 0).cummax(dim=1).values

@@ -65,14 +65,19 @@ def forward_flops_per_token(config: ModelConfig, context: int) -> float:
 
     Matrix products only, a multiply and an add counted as two (Kaplan et al. 2020, table 1): twice the weights that
     multiply, plus scores and their use, over the (context + 1)/2 keys that a token sees on average under the causal
-    mask, or fewer with a sliding window.
+    mask, or fewer with a sliding window (`most_keys`).
     """
     L, C, H = config.num_layers, config.head_dim, config.num_heads
     weights = inner_matrices(config) + config.d_model * config.vocab_size
-    window = min(config.sliding_window or context, context)
-    # Token t sees min(t + 1, window) keys.
-    keys_seen = (window * (window + 1) / 2 + (context - window) * window) / context
+    most = most_keys(config, context)
+    # Token t sees min(t + 1, most) keys.
+    keys_seen = (most * (most + 1) / 2 + (context - most) * most) / context
     return 2.0 * weights + 4.0 * L * H * C * keys_seen
+
+
+def most_keys(config: ModelConfig, context: int) -> int:
+    """Return how many of `context` tokens one sees at the most: all, or those of its window and the sinks."""
+    return min(config.sliding_window + config.attention_sinks or context, context)
 
 
 def training_flops_per_token(config: ModelConfig, context: int) -> float:
@@ -145,7 +150,8 @@ def layer_activation_bytes(
         # Queries, with all that they are a view of, and copies of keys and values.
         beside = 1 if config.qk_norm or config.positions == "rotary" else 2
         attention += e * N * (H + beside * K + 2 * K) * C
-        attention += (e + (1 if config.dropped_attention else 0)) * B * H * weights_in_blocks(T, config.sliding_window)
+        weights = weights_in_blocks(T, config.sliding_window, config.attention_sinks)
+        attention += (e + (1 if config.dropped_attention else 0)) * B * H * weights
         attention += projected if config.qk_norm and not is_mixed else 0
     elif kernel != "fused":
         if kernel == "reference":
@@ -160,7 +166,7 @@ def layer_activation_bytes(
         attention += projected + 4 * N * H  # values are a view of it; and the logarithms of the softmax's sums
         if config.positions == "rotary" or config.qk_norm:
             attention += e * N * (H + K) * C
-        if document_mask or 0 < config.sliding_window < T:
+        if document_mask or most_keys(config, T) < T:
             attention += e * T * T * (B if document_mask else 1)
 
     # Gated: both halves, the bent one, and the product. Else what goes into the activation and what comes out of it,

@@ -14,7 +14,7 @@ from sheepop.models.head_loss import summed_head_loss
 from sheepop.models.kv_cache import Cache
 from sheepop.models.linear import Linear
 from sheepop.models.ngrams import NgramEmbedding
-from sheepop.models.positions import rotary_table, sinusoidal_table
+from sheepop.models.positions import document_starts, rotary_table, sinusoidal_table
 from sheepop.models.quantized_layers import use_quantized_layers
 from sheepop.models.taps import Record, Tap, tap_into, untapped
 
@@ -128,7 +128,9 @@ class TransformerModel(nn.Module):
             heads = self.config.num_heads + self.config.num_kv_heads
             table = self.rotary[positions].unsqueeze(-3)  # (T, 1, C/2, 2), or (B, T, 1, C/2, 2)
             rotary = table.expand(*table.shape[:-3], heads, -1, -1).contiguous()  # (T, H+K, C/2, 2), or (B, T, ...)
-        mask = cache.mask(time, self.config.sliding_window) if cache is not None else None
+        mask = None
+        if cache is not None:
+            mask = cache.mask(time, self.config.sliding_window, self.config.attention_sinks)
         context = Context(rotary=rotary, document_ids=document_ids, cache=cache, mask=mask)
         for layer, block in enumerate(self.blocks):
             if record is not None:
@@ -213,11 +215,3 @@ def inference(model: TransformerModel) -> Iterator[None]:
     finally:
         if was_training:
             model.train()
-
-
-def document_starts(document_ids: Tensor) -> Tensor:
-    """Return for each token of (B, T) the index at which its document begins in the row."""
-    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    begins = torch.ones_like(document_ids, dtype=torch.bool)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return torch.where(begins, index, 0).cummax(dim=1).values

@@ -63,29 +63,31 @@ def test_a_layer_by_the_kernels_computes_what_the_layer_computes(quantization, s
     torch.testing.assert_close(KernelLinear(layer)(hidden), layer(hidden), rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     length=st.integers(1, 70),
     page_size=st.sampled_from([1, 5, TILE, TILE + 3, 40]),
     width=st.sampled_from([6, TILE, 64, 84]),
     window=st.sampled_from([0, 1, 9, 33]),
+    sinks=st.sampled_from([0, 1, 4, 17, 80]),
 )
-def test_attention_over_pages_is_attention(length: int, page_size: int, width: int, window: int) -> None:
+def test_attention_over_pages_is_attention(length: int, page_size: int, width: int, window: int, sinks: int) -> None:
     draws = np.random.default_rng(length)
     heads, kv_heads, num_pages = 6, 2, -(-length // page_size)
     projected = draws.standard_normal((1, heads + 2 * kv_heads, width), dtype=np.float32)
     keys, values = draws.standard_normal((2, num_pages, kv_heads, page_size, width), dtype=np.float32)
-    for each in (keys, values):  # what stands behind the newest token is of others, or was never set
-        each[-1, :, length - (num_pages - 1) * page_size :] = np.nan
+    start = max(0, length - window) if window else 0
+    seen = [place for place in range(length) if place >= start or place < sinks]
+    # What stands behind the newest token is of others, or was never set, and what is out of sight may be, too.
+    hidden = np.setdiff1d(np.arange(num_pages * page_size), seen)
+    for each in (keys, values):
+        each[hidden // page_size, :, hidden % page_size] = np.nan
     pages, mixed = draws.permutation(num_pages)[None], np.empty((1, heads, width), dtype=np.float32)
     keys, values = (each[np.argsort(pages[0])].copy() for each in (keys, values))
-    attend(projected, np.array([length - 1]), keys, values, pages, window, mixed)
-    start = max(0, length - window) if window else 0
+    attend(projected, np.array([length - 1]), keys, values, pages, window, sinks, mixed)
     for head in range(heads):
         own = head // (heads // kv_heads)
-        key, value = (
-            each[pages[0], own].reshape(-1, width)[start:length].astype(np.float64) for each in (keys, values)
-        )
+        key, value = (each[pages[0], own].reshape(-1, width)[seen].astype(np.float64) for each in (keys, values))
         scores = key @ projected[0, head] / math.sqrt(width)
         shares = np.exp(scores - scores.max())
         np.testing.assert_allclose(mixed[0, head], shares @ value / shares.sum(), rtol=1e-4, atol=1e-5)

@@ -1,5 +1,5 @@
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from sheepop.config import ModelConfig
 from sheepop.generation.batching import Engine, generate_batched
 from sheepop.generation.generate import Continuation, context_start, generate_naive
 from sheepop.generation.request import Request, TokenEvent, TokenLogprobs
-from sheepop.generation.runner import Chunk, ModelRunner
+from sheepop.generation.runner import Chunk, KernelRunner, ModelRunner, Runner
 from sheepop.generation.sampling import SamplingSettings
 from sheepop.generation.speculation import LookUp
 from sheepop.models.paged_cache import PagedCache
@@ -26,6 +26,9 @@ FAMILIES: dict[str, dict[str, object]] = {
     "sinusoidal": {"positions": "sinusoidal"},
     "no positions": {"positions": "none"},
     "sliding window": {"sliding_window": 5},
+    "sinks": {"sliding_window": 5, "attention_sinks": 2},
+    "sinks as long as the context": {"sliding_window": 3, "attention_sinks": 14, "positions": "learned"},
+    "reference with sinks": {"attention": "reference", "sliding_window": 3, "attention_sinks": 3},
     "n-grams": {"ngram_order": 2, "ngram_entries": 97},
     "longer n-grams": {"ngram_order": 4, "ngram_entries": 97, "positions": "learned"},
     "parallel": {"parallel_residual": True, "rotary_dim": 2},
@@ -253,9 +256,20 @@ def run_one(engine: Engine, request: Request) -> list[TokenLogprobs | None]:
     return told
 
 
-def test_with_a_sliding_window_a_long_text_takes_few_pages() -> None:
-    model = tiny(max_seq_len=200, sliding_window=9)
-    engine = Engine(model, page_size=4, chunk_size=8)
+def compiled(model: TransformerModel) -> KernelRunner:
+    pytest.importorskip("numba")
+    from sheepop.generation.fast_decoding import FastDecoder
+
+    return KernelRunner(model, FastDecoder(model))
+
+
+@pytest.mark.parametrize("runner", [ModelRunner, compiled])
+@pytest.mark.parametrize(("sinks", "sink_pages"), [(0, 0), (3, 1), (6, 2)])
+def test_with_a_sliding_window_a_long_text_takes_few_pages(
+    sinks: int, sink_pages: int, runner: Callable[[TransformerModel], Runner]
+) -> None:
+    model = tiny(max_seq_len=200, sliding_window=9, attention_sinks=sinks)
+    engine = Engine(model, page_size=4, chunk_size=8, runner=runner(model))
     request, free = Request(long_prompt(90), SamplingSettings(), 80), []
     engine.add(request)
     events = []
@@ -263,7 +277,9 @@ def test_with_a_sliding_window_a_long_text_takes_few_pages() -> None:
         events += engine.step()
         free.append(engine.cache.num_free)
     assert gather(events)[0] == naive(model, request)
-    assert engine.cache.num_pages - min(free) <= 5  # 8 tokens of the chunk and 8 before them, which begin anywhere
+    # 8 tokens of the chunk and 8 before them, which begin anywhere.
+    assert engine.cache.num_pages - min(free) <= 5 + sink_pages
+    assert engine.cache.num_free == engine.cache.num_pages
 
 
 def test_the_youngest_gives_way_and_gets_the_same_tokens_later() -> None:

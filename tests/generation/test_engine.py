@@ -20,6 +20,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     "sinusoidal": {"positions": "sinusoidal"},
     "no positions": {"positions": "none"},
     "sliding window": {"sliding_window": 5},
+    "sinks": {"sliding_window": 5, "attention_sinks": 2},
+    "sinks as long as the context": {"sliding_window": 3, "attention_sinks": 14, "positions": "learned"},
     "reference attention": {"attention": "reference", "num_kv_heads": 2, "sliding_window": 3},
 }
 

@@ -25,6 +25,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "sinusoidal": {"positions": "sinusoidal", "activation": "relu"},
     "no positions": {"positions": "none", "activation": "silu"},
     "sliding window": {"sliding_window": 5, "activation": "relu_squared"},
+    "sinks": {"sliding_window": 5, "attention_sinks": 3, "num_kv_heads": 2},
     "GPT-NeoX": {"parallel_residual": True, "rotary_dim": 6, "bias": True},
     "groups of tokens": {"ngram_order": 3, "ngram_entries": 57, "activation": "geglu"},
     "stretched": {"rope_scaling": "yarn", "rope_scaling_factor": 2.0},
@@ -64,9 +65,10 @@ def test_kernels_compute_what_the_model_computes(
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("family", ["modern", "sinks"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_texts_are_those_of_naive_generation_far_beyond_the_context(temperature: float) -> None:
-    model = tiny(**FAMILIES["modern"])
+def test_texts_are_those_of_naive_generation_far_beyond_the_context(temperature: float, family: str) -> None:
+    model = tiny(**FAMILIES[family])
     request = {"max_new_tokens": 40, "seed": 9, "num_samples": 2}
     naive = generate_naive(model, [3, 1, 4], SamplingSettings(temperature), **request)  # type: ignore[arg-type]
     decode = FastDecoder(model)

@@ -124,9 +124,11 @@ def test_with_a_draft_model_too_a_seed_decides_whatever_the_batch_and_the_room()
     assert tokens == alone.token_ids
 
 
-def test_a_draft_model_that_is_the_model_is_always_right_and_saves_passes() -> None:
-    twin = DraftModel(TARGET, TARGET.config, num_guesses=4)
-    engine = Engine(TARGET, speculator=twin)
+@pytest.mark.parametrize("sight", [{}, {"sliding_window": 4}, {"sliding_window": 4, "attention_sinks": 2}], ids=str)
+def test_a_draft_model_that_is_the_model_is_always_right_and_saves_passes(sight: dict[str, int]) -> None:
+    target = tiny(1, **sight)
+    twin = DraftModel(target, target.config, num_guesses=4, page_size=2)
+    engine = Engine(target, page_size=2, speculator=twin)
     generate_batched(engine, Request([1, 2], SamplingSettings(0.0), 11))
     assert engine.counters.guessed == engine.counters.accepted == 8
     # The prompt and the first token, 4 + 1 tokens, and the last 4 + 1.

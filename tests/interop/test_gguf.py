@@ -140,6 +140,7 @@ INEXPRESSIBLE = [
     ("classic", NEOX | {"qk_norm": True}, r"for gptneox model\.qk_norm is true, not false"),
     ("modern", {"positions": "none"}, r"model\.positions is none, not rotary"),
     ("modern", {"sliding_window": 5}, r"for qwen3 model\.sliding_window is 5, not 0"),
+    ("modern", {"sliding_window": 5, "attention_sinks": 2}, r"for qwen3 .*model\.attention_sinks is 2, not 0"),
     ("modern", LLAMA | {"activation": "geglu"}, r"for llama model\.activation is geglu, not swiglu"),
     ("modern", {"rotary_dim": 4}, r"model\.rotary_dim is 4, not head_dim"),
     ("modern", LLAMA | {"rope_scaling": "yarn", "rope_scaling_factor": 4.0}, r"is 4, no divisor of max_seq_len"),

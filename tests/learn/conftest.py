@@ -30,6 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "classic": {},
     "modern": MODERN,
     "window": {**MODERN, "sliding_window": 3, "bias": True},
+    "sinks": {**MODERN, "sliding_window": 2, "attention_sinks": 2},
     "learned": {"positions": "learned", "activation": "gelu_tanh", "bias": True},
     "sinusoidal": {"positions": "sinusoidal", "activation": "silu", "qk_norm": True},
     "no positions": {"positions": "none", "activation": "geglu"},

@@ -19,7 +19,7 @@ from sheepop.learn.trace import Trace
 from sheepop.models.blocks import ACTIVATIONS
 
 TOLERANCE = 1e-6
-FAMILIES = ("classic", "window", "learned", "sinusoidal")  # between them they have all parts
+FAMILIES = ("classic", "window", "sinks", "learned", "sinusoidal")  # between them they have all parts
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,12 @@ MUTATIONS = (
         {"causal_mask"},
         "sheepop.models.attention:visible",
         {"key_positions > query_positions - window": "key_positions >= query_positions - window"},
+    ),
+    Mutation(
+        "sinks off by one",
+        {"causal_mask"},
+        "sheepop.models.attention:visible",
+        {"places < sinks": "places <= sinks"},
     ),
     Mutation(
         "softmax over the queries",

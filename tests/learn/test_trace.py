@@ -34,6 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "classic": {},
     "modern": MODERN,
     "window": {**MODERN, "sliding_window": 3},
+    "sinks": {**MODERN, "sliding_window": 3, "attention_sinks": 2},
     "learned": {"positions": "learned", "activation": "gelu_tanh"},
     "sinusoidal": {"positions": "sinusoidal", "activation": "relu_squared"},
     "no positions": {"positions": "none", "activation": "geglu"},
@@ -70,7 +71,7 @@ def test_what_is_traced_is_what_the_fused_model_computes(model: TransformerModel
 
 def test_each_point_follows_from_those_before_it(model: TransformerModel) -> None:
     seen, config = trace(model, IDS), model.config
-    mask = visible(9, 9, window=config.sliding_window, device=torch.device("cpu"))
+    mask = visible(9, 9, window=config.sliding_window, sinks=config.attention_sinks, device=torch.device("cpu"))
     stream = seen["embedding"]
     for layer in range(config.num_layers):
         at = {name.removeprefix(f"blocks.{layer}."): seen[name] for name in seen if name.startswith(f"blocks.{layer}.")}

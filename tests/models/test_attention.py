@@ -16,7 +16,7 @@ def tensors(batch, heads, kv_heads, query_time, key_time, width, seed=0):
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def by_loops(query, key, value, window, document_ids):
+def by_loops(query, key, value, window, sinks, document_ids):
     """Attention one number at a time, as a third opinion."""
     batch, heads, query_time, width = query.shape
     kv_heads, key_time = key.shape[1], key.shape[2]
@@ -26,12 +26,9 @@ def by_loops(query, key, value, window, document_ids):
             group = h // (heads // kv_heads)
             for t in range(query_time):
                 here = key_time - query_time + t
-                seen = [
-                    s
-                    for s in range(here + 1)
-                    if (not window or here - s < window)
-                    and (document_ids is None or document_ids[b, s] == document_ids[b, here])
-                ]
+                numbers = [0] * key_time if document_ids is None else document_ids[b].tolist()
+                text = [s for s in range(here + 1) if numbers[s] == numbers[here]]
+                seen = [s for place, s in enumerate(text) if not window or here - s < window or place < sinks]
                 scores = [float(query[b, h, t].double() @ key[b, group, s].double()) / math.sqrt(width) for s in seen]
                 weights = torch.tensor(scores, dtype=torch.float64).softmax(0)
                 result[b, h, t] = sum(w * value[b, group, s].double() for w, s in zip(weights, seen, strict=True))
@@ -45,27 +42,29 @@ def by_loops(query, key, value, window, document_ids):
     key_time=st.integers(1, 9),
     query_share=st.floats(0.01, 1),
     window=st.integers(0, 10),
+    sinks=st.integers(0, 10),
     documents=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_reference_and_optimized_equal_loops(kv_heads, group, key_time, query_share, window, documents, seed):
+def test_reference_and_optimized_equal_loops(kv_heads, group, key_time, query_share, window, sinks, documents, seed):
     query_time = max(1, int(key_time * query_share))
     query, key, value = tensors(2, kv_heads * group, kv_heads, query_time, key_time, 5, seed)
     ids = None
     if documents:
         ids = torch.randint(0, 2, (2, key_time), generator=torch.Generator().manual_seed(seed)).cumsum(1)
-    expected = by_loops(query, key, value, window, ids)
+    expected = by_loops(query, key, value, window, sinks, ids)
     for implementation in (attention, optimized_attention):
-        result = implementation(query, key, value, window=window, document_ids=ids)
+        result = implementation(query, key, value, window=window, sinks=sinks, document_ids=ids)
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_of_optimized_equal_reference():
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_gradients_of_optimized_equal_reference(sinks):
     parts = tensors(2, 6, 3, 7, 7, 4)
     gradients = []
     for implementation in (attention, optimized_attention):
         leaves = [part.clone().requires_grad_() for part in parts]
-        implementation(*leaves, window=3).square().sum().backward()
+        implementation(*leaves, window=3, sinks=sinks).square().sum().backward()
         gradients.append([leaf.grad for leaf in leaves])
     for reference, optimized in zip(*gradients, strict=True):
         torch.testing.assert_close(optimized, reference, rtol=1e-4, atol=1e-5)
@@ -77,10 +76,11 @@ def test_gradients_of_optimized_equal_reference():
     group=st.integers(1, 3),
     time=st.integers(1, 200),
     window=st.one_of(st.just(0), st.integers(1, 220)),
+    sinks=st.one_of(st.just(0), st.integers(1, 90)),
     documents=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_blocks_learn_as_the_reference(kv_heads, group, time, window, documents, seed):
+def test_blocks_learn_as_the_reference(kv_heads, group, time, window, sinks, documents, seed):
     parts = tensors(2, kv_heads * group, kv_heads, time, time, 5, seed)
     random = torch.Generator().manual_seed(seed)
     ids = (torch.rand(2, time, generator=random) < 0.05).cumsum(1) if documents else None
@@ -88,7 +88,7 @@ def test_blocks_learn_as_the_reference(kv_heads, group, time, window, documents,
     results = []
     for implementation in (attention, block_attention):
         leaves = [part.clone().requires_grad_() for part in parts]
-        mixed = implementation(*leaves, window=window, document_ids=ids)
+        mixed = implementation(*leaves, window=window, sinks=sinks if window else 0, document_ids=ids)
         mixed.backward(wanted)
         results.append([mixed.detach(), *(leaf.grad for leaf in leaves)])
     for reference, blocks in zip(*results, strict=True):
@@ -130,6 +130,31 @@ def test_blocks_drop_weights_in_the_backward_pass_as_in_the_forward_pass():
     torch.manual_seed(3)
     (block_attention(query, key, value, dropout=0.4) * wanted).sum().backward()
     assert (query.grad * step).sum().item() == pytest.approx(difference, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("query_time", "hides", "has_mask"),
+    [
+        (1, {}, False),
+        (1, {"window": 3}, False),
+        (1, {"window": 3, "sinks": 2}, False),
+        (9, {}, False),
+        (9, {"window": 9}, False),
+        (9, {"window": 5, "sinks": 4}, False),
+        (9, {"window": 5, "sinks": 3}, True),
+        (4, {}, True),
+    ],
+)
+def test_a_mask_is_made_only_where_one_is_needed(monkeypatch, query_time, hides, has_mask):
+    given = []
+
+    def fused(*parts, attn_mask, **options):
+        given.append(attn_mask)
+        return parts[0]
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", fused)
+    optimized_attention(*tensors(1, 2, 2, query_time, 9, 4), **hides)
+    assert [mask is not None for mask in given] == [has_mask]
 
 
 @pytest.mark.parametrize("implementation", [attention, optimized_attention, block_attention])

@@ -25,15 +25,16 @@ def test_zeros_stay_zeros() -> None:
     assert not (steps * step[:, None]).any()
 
 
-def test_logits_are_close_and_memory_is_a_third() -> None:
+@pytest.mark.parametrize("sight", [{}, {"sliding_window": 5}, {"sliding_window": 5, "attention_sinks": 3}], ids=str)
+def test_logits_are_close(sight: dict[str, int]) -> None:
     torch.manual_seed(0)
-    model = TransformerModel(CONFIG).eval()
+    model = TransformerModel(CONFIG.model_copy(update=sight)).eval()
     text = torch.randint(31, (30,)).tolist()
     logits = []
     for kind in (PagedCache, Int8PagedCache):
-        cache, sequence = kind(CONFIG, 8, 4), CachedSequence()
+        cache, sequence = kind(model.config, 8, 4), CachedSequence()
         rows = []
-        for begin, end in ((0, 7), (7, 8), (8, 30)):
+        for begin, end in ((0, 7), (7, 15), (15, 16), (16, 30)):
             assert cache.reserve(sequence, end - begin)
             rows += ModelRunner(model)([Chunk(sequence, text[begin:end], all_logits=True)], cache)
             cache.advance(sequence, text[begin:end])
@@ -41,6 +42,9 @@ def test_logits_are_close_and_memory_is_a_third() -> None:
     exact, close = logits
     assert not torch.equal(exact, close)
     torch.testing.assert_close(close, exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
+    with torch.no_grad():
+        whole = model(torch.tensor([text]))[0]
+    torch.testing.assert_close(exact, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_page_bytes_are_those_of_the_tensors() -> None:

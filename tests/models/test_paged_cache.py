@@ -101,15 +101,15 @@ def test_as_many_pages_as_half_of_the_memory_holds(monkeypatch: pytest.MonkeyPat
     assert pages_in_memory(page_bytes, torch.device("cpu")) == 500_000 // page_bytes
 
 
-def test_with_a_sliding_window_pages_out_of_sight_are_given_back() -> None:
-    cache = PagedCache(CONFIG.model_copy(update={"sliding_window": 4}), 9, 2)
+@pytest.mark.parametrize(("sinks", "sink_pages"), [(0, 0), (1, 1), (2, 1), (3, 2)])
+def test_with_a_sliding_window_pages_out_of_sight_are_given_back(sinks: int, sink_pages: int) -> None:
+    cache = PagedCache(CONFIG.model_copy(update={"sliding_window": 4, "attention_sinks": sinks}), 9, 2)
     sequence = CachedSequence()
     for length in range(1, 40):
         assert cache.reserve(sequence, 1)
         cache.advance(sequence, [length % 5])
-        assert (
-            cache.num_free >= 9 - 3
-        )  # the next token sees the last three, in at most two pages, and has its own place
+        # The next token sees the last three, in at most two pages, and has its own place.
+        assert cache.num_free >= 9 - 3 - sink_pages
     cache.release(sequence)
     assert cache.num_free == 9
 
@@ -118,10 +118,12 @@ class AnyUse(RuleBasedStateMachine):
     """Texts come, grow and go; what a page is said to hold is always what was stored in it."""
 
     window = 0
+    sinks = 0
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = PagedCache(CONFIG.model_copy(update={"sliding_window": self.window}), 9, 2)
+        sight = {"sliding_window": self.window, "attention_sinks": self.sinks}
+        self.cache = PagedCache(CONFIG.model_copy(update=sight), 9, 2)
         self.content: dict[int, tuple[int, ...]] = {}  # page → the tokens up to its end that were written there
         self.sequences: list[CachedSequence] = []
 
@@ -165,8 +167,9 @@ class AnyUse(RuleBasedStateMachine):
         for sequence in self.sequences:
             for number, page in held(sequence):
                 assert self.content[page] == tuple(sequence.token_ids[: 2 * number + 2])
-            first_held = held(sequence)[0][0] if held(sequence) else len(sequence.pages)
-            assert first_held == (max(0, sequence.length + 1 - self.window) // 2 if self.window else 0)
+            unseen = max(0, sequence.length + 1 - self.window) // 2 if self.window else 0
+            kept = [number for number in range(len(sequence.pages)) if number >= unseen or 2 * number < self.sinks]
+            assert [number for number, _ in held(sequence)] == kept
 
     @invariant()
     def no_page_is_lost(self) -> None:
@@ -180,13 +183,20 @@ class AnyUseWithAWindow(AnyUse):
     window = 3
 
 
+class AnyUseWithSinks(AnyUseWithAWindow):
+    """The same, where the first three tokens, in two pages, stay in sight."""
+
+    sinks = 3
+
+
 def held(sequence: CachedSequence) -> list[tuple[int, int]]:
     """The places and numbers of the pages that a sequence refers to."""
-    return list(enumerate(sequence.pages))[sequence.num_dropped :]
+    return [each for each in enumerate(sequence.pages) if each[0] not in sequence.dropped]
 
 
 TestAnyUse, TestAnyUseWithAWindow = AnyUse.TestCase, AnyUseWithAWindow.TestCase
-for machine in (TestAnyUse, TestAnyUseWithAWindow):
+TestAnyUseWithSinks = AnyUseWithSinks.TestCase
+for machine in (TestAnyUse, TestAnyUseWithAWindow, TestAnyUseWithSinks):
     machine.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
 
 

@@ -58,6 +58,8 @@ VARIANTS = [
     ("classic", {"dropout": 0.0, "activation": "relu", "positions": "none"}),
     ("classic", {"dropout": 0.0, "activation": "relu_squared", "positions": "sinusoidal"}),
     ("classic", {"dropout": 0.0, "sliding_window": 8}),
+    ("classic", {"dropout": 0.0, "sliding_window": 8, "attention_sinks": 3}),
+    ("classic", {"dropout": 0.0, "sliding_window": 8, "attention_sinks": 99}),
     ("classic", {"dropout": 0.0, "attention": "reference"}),
     ("classic", {"attention": "reference"}),
     ("classic", {"tie_weights": False, "num_kv_heads": 1, "head_dim": 6, "dropout": 0.0}),
@@ -86,6 +88,7 @@ BLOCK_VARIANTS = [
     ("classic", {"dropout": 0.0, "sliding_window": 70}),
     ("modern", {}),
     ("modern", {"dropout": 0.2, "sliding_window": 9}),
+    ("modern", {"sliding_window": 9, "attention_sinks": 2}),
     ("modern", {"qk_norm": False, "num_heads": 5, "num_kv_heads": 5}),
     ("modern", {"qk_norm": False, "positions": "none"}),
 ]

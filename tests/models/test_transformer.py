@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from sheepop.config import ModelConfig
 from sheepop.models.blocks import Context
 from sheepop.models.kv_cache import KVCache
-from sheepop.models.positions import rotary_table
+from sheepop.models.positions import document_starts, rotary_table
 from sheepop.models.sizing import (
     count_parameters,
     forward_flops_per_token,
@@ -15,7 +15,7 @@ from sheepop.models.sizing import (
     training_flops_per_token,
     weight_bytes,
 )
-from sheepop.models.transformer import TransformerModel, document_starts
+from sheepop.models.transformer import TransformerModel
 
 SIZES = {"vocab_size": 37, "d_model": 24, "num_layers": 3, "num_heads": 6, "d_ff": 29, "max_seq_len": 11}
 CLASSIC = {"norm": "layernorm", "activation": "gelu", "bias": True, "dropout": 0.0}
@@ -33,6 +33,9 @@ VARIANTS = [
     *({**CLASSIC, "activation": activation} for activation in ("gelu_tanh", "relu", "silu", "relu_squared", "geglu")),
     {**CLASSIC, "sliding_window": 4},
     {**MODERN, "sliding_window": 3, "positions": "learned"},
+    {**CLASSIC, "sliding_window": 4, "attention_sinks": 2},
+    {**MODERN, "sliding_window": 1, "attention_sinks": 1, "positions": "sinusoidal"},
+    {**MODERN, "sliding_window": 3, "attention_sinks": 30},
     {**MODERN, "rope_scaling": "yarn", "rope_scaling_factor": 2.0},
     {**CLASSIC, "head_dim": 10},
     {**CLASSIC, "parallel_residual": True},
@@ -95,15 +98,16 @@ def test_documents_in_a_row_equal_documents_alone(settings):
             torch.testing.assert_close(together[:, start:end], model(tokens[:, start:end]), rtol=1e-4, atol=1e-4)
 
 
-def test_a_sliding_window_hides_what_is_far():
-    model = make(**CLASSIC, num_layers=1, sliding_window=4)
+@pytest.mark.parametrize(("sinks", "is_seen"), [(0, False), (2, False), (3, True)])
+def test_a_sliding_window_hides_what_is_far_but_for_the_sinks(sinks, is_seen):
+    model = make(**CLASSIC, num_layers=1, sliding_window=4, attention_sinks=sinks)
     tokens = ids()
     changed = tokens.clone()
     changed[:, 2] = (changed[:, 2] + 1) % 37
     with torch.no_grad():
         difference = (model(tokens) - model(changed)).abs().amax(dim=(0, 2))
     assert (difference[2:6] > 1e-4).all()
-    assert (difference[6:] < 1e-6).all()
+    assert ((difference[6:] > 1e-6) == is_seen).all()
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=lambda s: "-".join(str(v) for v in s.values()))
@@ -114,7 +118,16 @@ def test_parameters_are_counted_right(settings):
     assert weight_bytes(model.config) == sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-@pytest.mark.parametrize("settings", [CLASSIC, MODERN, {**CLASSIC, "sliding_window": 4}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        CLASSIC,
+        MODERN,
+        {**CLASSIC, "sliding_window": 4},
+        {**CLASSIC, "sliding_window": 4, "attention_sinks": 2},
+        {**CLASSIC, "sliding_window": 4, "attention_sinks": 9},
+    ],
+)
 def test_flops_equal_those_of_the_matrix_products(settings):
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -123,8 +136,8 @@ def test_flops_equal_those_of_the_matrix_products(settings):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(ids(1, time))
     # The written-out attention multiplies all T x T pairs; the formula counts the visible ones only.
-    window = config.sliding_window or time
-    visible = sum(min(t + 1, window) for t in range(time))
+    window, sinks = config.sliding_window or time, config.attention_sinks
+    visible = sum(1 for t in range(time) for s in range(t + 1) if t - s < window or s < sinks)
     hidden_pairs = config.num_layers * 4 * config.num_heads * config.head_dim * (time * time - visible)
     assert forward_flops_per_token(config, time) * time == pytest.approx(counter.get_total_flops() - hidden_pairs)
     assert training_flops_per_token(config, time) == 3 * forward_flops_per_token(config, time)

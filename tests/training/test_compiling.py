@@ -103,11 +103,16 @@ def test_a_run_goes_on_as_it_began(tmp_path, train_in, cached, compiled_blocks):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("preset", ["classic", "modern"])
+@pytest.mark.parametrize(
+    ("preset", "sight"),
+    [("classic", {}), ("modern", {}), ("modern", {"model.sliding_window": 3, "model.attention_sinks": 2})],
+    ids=["classic", "modern", "sinks"],
+)
 def test_compiled_equals_eager_dropout_included_and_compiles_once(
-    tiny_config, bare_run, cached, preset, checkpointing, recompilations
+    tiny_config, bare_run, cached, preset, sight, checkpointing, recompilations
 ):
-    config = tiny_config(preset=preset, **{"model.dropout": 0.2, "model.num_layers": 3, "training.compile": "on"})
+    settings = {"model.dropout": 0.2, "model.num_layers": 3, "training.compile": "on"}
+    config = tiny_config(preset=preset, **settings, **sight)
     run = bare_run(config)
     if checkpointing:
         run.model.recompute_activations()

@@ -35,6 +35,7 @@ Q, KEY, VALUE = array("Q", H, T, C), array("K", KV_HEADS, S, C), array("V", KV_H
 SCORES, WEIGHTS, MASK = array("E", H, T, S), array("A", H, T, S), array("M", T, S)
 MIXED = array("O", H, T, C)
 W = sympy.Symbol("W", integer=True, positive=True)
+Z = sympy.Symbol("Z", integer=True, nonnegative=True)
 G = sympy.Symbol("G", integer=True, positive=True)
 GROUP = sympy.floor(h / G)  # the key/value head that head h reads
 
@@ -113,9 +114,10 @@ def sample_one_head(random: np.random.Generator) -> tuple[dict[str, torch.Tensor
 
 
 def sample_mask(random: np.random.Generator) -> tuple[dict[str, int], torch.Tensor]:
-    """Return a window and the mask that it makes over seven places."""
-    window = int(random.integers(1, 8))
-    return {"W": window}, added_mask(visible(7, 7, window=window, device=torch.device("cpu")))
+    """Return a window, sinks, and the mask that they make over nine places."""
+    window, sinks = int(random.integers(1, 7)), int(random.integers(0, 3))
+    mask = visible(9, 9, window=window, sinks=sinks, device=torch.device("cpu"))
+    return {"W": window, "Z": sinks}, added_mask(mask)
 
 
 ATTENTION = "sheepop.models.attention:attention"
@@ -150,13 +152,17 @@ FORMULAS = (
     Formula(
         name="causal_mask",
         title="Causal mask",
-        equation=equals(MASK[t, s], cases((0, sympy.And(s <= t, s > t - W)), otherwise=-sympy.oo)),
+        equation=equals(MASK[t, s], cases((0, sympy.And(s <= t, sympy.Or(s > t - W, s < Z))), otherwise=-sympy.oo)),
         meanings=of("M")
         | {
             "W": Meaning(
                 "window: how far back a place looks, itself included",
                 value=lambda trace, _: trace.model.config.sliding_window or len(trace.token_ids),
-            )
+            ),
+            "Z": Meaning(
+                "sinks: how many of the first places all see, however far they are",
+                value=lambda trace, _: trace.model.config.attention_sinks,
+            ),
         },
         code="sheepop.models.attention:visible",
         line="mask = key_positions <= query_positions",
@@ -167,7 +173,8 @@ FORMULAS = (
         scientists="""
             Minus infinity becomes a weight of exactly 0 in the softmax, so that the prediction at a place
             depends on nothing behind it, and one pass trains all places at once. A sliding window (Beltagy
-            et al. 2020) hides what is far back as well.
+            et al. 2020) hides what is far back as well, but for the sinks (Xiao et al. 2023): the first places,
+            to which heads give the attention that they have no other use for.
         """,
         pitfalls="""
             Masking the weights after the softmax, so that they no longer add up to 1; being off by one, so

@@ -11,7 +11,13 @@ from sheepop.learn.formula import Formula, Meaning, Value
 from sheepop.learn.notation import KV_HEADS, B, C, D, F, H, L, T, V, equals, plus, ratio, times
 from sheepop.learn.trace import Trace
 from sheepop.models.kv_cache import KVCache
-from sheepop.models.sizing import count_parameters, forward_flops_per_token, kv_cache_bytes, ngram_table_sizes
+from sheepop.models.sizing import (
+    count_parameters,
+    forward_flops_per_token,
+    kv_cache_bytes,
+    most_keys,
+    ngram_table_sizes,
+)
 
 BYTES, NUMBERS, FLOPS = sympy.symbols(r"M N \mathrm{FLOPs}")
 WIDTH, HEADS, ROWS, MATRICES, VECTORS, BIASED, NORMED, WINDOW = sympy.symbols("b a R m n b q W")
@@ -62,6 +68,7 @@ def random_config(random: np.random.Generator) -> ModelConfig:
         return choices[int(random.integers(len(choices)))]
 
     groups, shared = int(random.integers(1, 5)), int(random.integers(1, 4))
+    window, sinks = one_of((0, 0), (7, 0), (7, 4))
     return ModelConfig(
         vocab_size=int(random.integers(50, 9000)),
         d_model=int(random.integers(8, 300)),
@@ -78,7 +85,8 @@ def random_config(random: np.random.Generator) -> ModelConfig:
         positions=one_of("rotary", "learned", "none"),
         ngram_order=one_of(1, 3),
         qk_norm=one_of(True, False),
-        sliding_window=one_of(0, 7),
+        sliding_window=window,
+        attention_sinks=sinks,
     )
 
 
@@ -99,8 +107,8 @@ def sample_count(random: np.random.Generator) -> tuple[dict[str, Value], int]:
 def sample_flops(random: np.random.Generator) -> tuple[dict[str, Value], float]:
     """Return the settings of a model, and the operations of a token."""
     config, context = random_config(random), int(random.integers(1, 99))
-    window = min(config.sliding_window or context, context)
-    return values_of(config, *WORK) | {"T": context, "W": window}, forward_flops_per_token(config, context)
+    sight = {"T": context, "W": most_keys(config, context)}
+    return values_of(config, *WORK) | sight, forward_flops_per_token(config, context)
 
 
 def allocated(run: Trace, _layer: int) -> int:
@@ -212,8 +220,8 @@ FORMULAS = (
             **from_settings(*WORK),
             "T": PLACES,
             "W": Meaning(
-                "window: how far back a token looks, T without one",
-                value=lambda run, _: min(run.model.config.sliding_window or len(run.token_ids), len(run.token_ids)),
+                "tokens that one sees at the most: those of its window and the sinks, T without a window",
+                value=lambda run, _: most_keys(run.model.config, len(run.token_ids)),
             ),
         },
         code="sheepop.models.sizing:forward_flops_per_token",

@@ -67,6 +67,9 @@ class ModelConfig(Section):
     ngram_entries: PositiveInt = Field(
         16384, description="most rows of each table of such groups; where there are more groups they share rows"
     )
+    conv_width: PositiveInt = Field(
+        1, description="attention and feed-forward read so many last tokens mixed, each channel by itself; 1: none"
+    )
     rotary_dim: Annotated[int, Field(ge=0)] = Field(
         0, description="numbers of each head that rotary positions turn, the first ones; 0: all of head_dim"
     )

@@ -137,6 +137,27 @@ def rms_norm(inputs: Floats, weight: Floats, epsilon: float, outputs: Floats) ->
 
 
 @njit(fastmath=ANY_ORDER, cache=True)
+def convolve(hidden: Floats, weight: Floats, site: int, positions: Integers, stored: Floats, pages: Integers) -> None:
+    """Store hidden (N, D) and add what tokens before each stored, weighted (`short_convolution.py`), where it is.
+
+    Args:
+        weight: (back, D), of the token before first.
+        site: which of a block's convolutions it is.
+        positions, pages: as in `place_heads`.
+        stored: (all pages, sites, S, D).
+    """
+    page_size = stored.shape[2]
+    for n in range(len(hidden)):  # all before any is read: several may be of one sequence
+        stored[pages[n, positions[n] // page_size], site, positions[n] % page_size] = hidden[n]
+    for n in range(len(hidden)):
+        for distance in range(1, min(len(weight), positions[n]) + 1):
+            at = positions[n] - distance
+            earlier = stored[pages[n, at // page_size], site, at % page_size]
+            for d in range(hidden.shape[1]):
+                hidden[n, d] += weight[distance - 1, d] * earlier[d]
+
+
+@njit(fastmath=ANY_ORDER, cache=True)
 def place_heads(
     projected: Floats,
     query_norm: Floats,

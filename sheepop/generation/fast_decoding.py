@@ -51,12 +51,18 @@ class FastDecoder:
             return self.reader(token_ids, cache=cache, last_only=True)  # type: ignore[no-any-return]
         hidden = self.model.embed(token_ids, cache.positions(1), before=cache.recent_tokens)[:, 0]
         positions, pages = np.full(rows, cache.length), np.arange(rows)[:, None]  # a row's buffer is its only page
-        logits = self.step(hidden, positions, pages, cache.keys, cache.values)
+        logits = self.step(hidden, positions, pages, cache.keys, cache.values, cache.inputs)
         cache.advance(token_ids)
         return logits[:, None]
 
     def step(
-        self, hidden: Tensor, positions: Integers, pages: Integers, keys: Sequence[Tensor], values: Sequence[Tensor]
+        self,
+        hidden: Tensor,
+        positions: Integers,
+        pages: Integers,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        inputs: Sequence[Tensor],
     ) -> Tensor:
         """Return the logits (N, V) after N tokens, whose keys and values are stored.
 
@@ -65,12 +71,19 @@ class FastDecoder:
             positions: (N,), where they stand in their sequences.
             pages: (N, M), which pages hold each one's sequence, in order.
             keys, values: of each layer (all pages, K, page size, C), where those of the tokens before are.
+            inputs: of each layer (all pages, sites, page size, D), what short convolutions read; empty without them.
         """
         with numba_threads():
-            return self._step(hidden, positions, pages, keys, values)
+            return self._step(hidden, positions, pages, keys, values, inputs)
 
     def _step(
-        self, hidden: Tensor, positions: Integers, pages: Integers, keys: Sequence[Tensor], values: Sequence[Tensor]
+        self,
+        hidden: Tensor,
+        positions: Integers,
+        pages: Integers,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        inputs: Sequence[Tensor],
     ) -> Tensor:
         config, rows = self.config, len(hidden)
         stream = hidden.contiguous().numpy()  # (N, D)
@@ -80,10 +93,13 @@ class FastDecoder:
         inner = aligned(rows, config.d_ff * (2 if config.is_gated else 1))
         activated = aligned(rows, config.d_ff)
         activation = kernels.ACTIVATION[config.activation]
-        for layer, layer_keys, layer_values in zip(self.layers, keys, values, strict=True):
+        for number, (layer, layer_keys, layer_values) in enumerate(zip(self.layers, keys, values, strict=True)):
             stored = (positions, layer_keys.numpy(), layer_values.numpy(), pages)
             query_norm, key_norm = layer.head_norms
             layer.attention_norm(stream, normed)
+            if inputs:
+                read_before = (positions, inputs[number].numpy(), pages)
+                kernels.convolve(normed, layer.convolutions[0], 0, *read_before)
             layer.query_key_value(normed, projected.reshape(rows, -1), False)
             kernels.place_heads(projected, query_norm, key_norm, config.layer_norm_eps, self.turns, *stored)
             kernels.attend(projected, *stored, config.sliding_window, config.attention_sinks, mixed)
@@ -92,6 +108,8 @@ class FastDecoder:
             layer.attention_output(mixed.reshape(rows, -1), stream, True)
             if not config.parallel_residual:
                 layer.feed_forward_norm(stream, normed)
+            if inputs:
+                kernels.convolve(normed, layer.convolutions[1], 1, *read_before)
             layer.feed_forward_input(normed, inner, False)
             kernels.activate(inner, activation, config.is_gated, activated)
             layer.feed_forward_output(activated, stream, True)
@@ -130,6 +148,11 @@ class Layer:
             product_of(feed_forward.input),
             product_of(feed_forward.output),
         )
+        self.convolutions = [
+            numbers(convolution.weight)
+            for convolution in (block.attention_convolution, block.feed_forward_convolution)
+            if convolution is not None
+        ]
         self.head_norms = tuple(
             NONE if norm is None else numbers(norm.weight) for norm in (attention.query_norm, attention.key_norm)
         )

@@ -121,7 +121,8 @@ class KernelRunner:
         with inference(self.model):
             places = torch.tensor(positions)[:, None]
             hidden = self.model.embed(torch.tensor(token_ids), places, before=torch.tensor(before, dtype=torch.int64))
-            rows = self._decoder.step(hidden[:, 0], np.array(positions), np.array(pages), cache.keys, cache.values)
+            stored = (cache.keys, cache.values, cache.inputs)
+            rows = self._decoder.step(hidden[:, 0], np.array(positions), np.array(pages), *stored)
         parts = torch.split(rows, [len(chunk.token_ids) for chunk in chunks])
         return [part if chunk.all_logits else part[-1:] for chunk, part in zip(chunks, parts, strict=True)]
 

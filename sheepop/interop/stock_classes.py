@@ -516,17 +516,22 @@ def stock_class_for(model: ModelConfig) -> StockClass:
     return kind_for(model, STOCK_CLASSES, "stock class of transformers")
 
 
+OURS_ALONE = {"ngram_order": "embeddings of several tokens together", "conv_width": "short convolutions"}
+
+
 def kind_for(model: ModelConfig, kinds: Sequence[K], what: str) -> K:
     """Return the first kind that can express a model.
 
     Raises:
         CheckpointError: there is none; it says what keeps the nearest ones from being it.
     """
-    if model.ngram_order > 1:
-        raise CheckpointError(
-            f"No {what} has embeddings of several tokens together (model.ngram_order is {model.ngram_order}), so this "
-            "model runs in sheepop alone. Train one with model.ngram_order 1 to export it."
-        )
+    for key, meaning in OURS_ALONE.items():
+        number = getattr(model, key)
+        if number > 1:
+            raise CheckpointError(
+                f"No {what} has {meaning} (model.{key} is {number}), so this model runs in sheepop alone. Train one "
+                f"with model.{key} 1 to export it."
+            )
     misfits = [kind.misfits(model) for kind in kinds]
     fewest = min(map(len, misfits))
     nearest = [(kind, found) for kind, found in zip(kinds, misfits, strict=True) if len(found) == fewest]

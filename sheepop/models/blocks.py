@@ -18,6 +18,7 @@ from sheepop.models.kv_cache import Cache
 from sheepop.models.linear import Linear
 from sheepop.models.optimized_attention import optimized_attention
 from sheepop.models.positions import apply_rotary
+from sheepop.models.short_convolution import ShortConvolution
 from sheepop.models.taps import Tap, untapped
 
 ATTENTION = {"reference": attention, "optimized": optimized_attention}
@@ -159,6 +160,9 @@ class TransformerBlock(nn.Module):
         self.attention = MultiHeadAttention(config, layer)
         self.feed_forward_norm = make_norm(config, config.d_model)
         self.feed_forward = FeedForward(config)
+        convolves = config.conv_width > 1
+        self.attention_convolution = ShortConvolution(config, layer, 0) if convolves else None
+        self.feed_forward_convolution = ShortConvolution(config, layer, 1) if convolves else None
         self.dropout = config.dropout
         self.is_parallel = config.parallel_residual
         self.recomputes = False
@@ -177,7 +181,12 @@ class TransformerBlock(nn.Module):
         dropout = self.dropout if self.training else 0.0
         tap = context.tap
         read = tap("attention_norm", self.attention_norm(tap("input", hidden)))
-        attended = tap("after_attention", hidden + drop(self.attention(read, context), dropout))
+        if self.attention_convolution is not None:
+            read = self.attention_convolution(read, context.cache, context.document_ids)
+        attended = self.attention(tap("attention.read", read), context)
+        attended = tap("after_attention", hidden + drop(attended, dropout))
         source = hidden if self.is_parallel else attended  # Wang and Komatsuzaki 2021 (GPT-J)
         read = tap("feed_forward_norm", self.feed_forward_norm(source))
-        return tap("output", attended + drop(self.feed_forward(read, tap), dropout))
+        if self.feed_forward_convolution is not None:
+            read = self.feed_forward_convolution(read, context.cache, context.document_ids)
+        return tap("output", attended + drop(self.feed_forward(tap("feed_forward.read", read), tap), dropout))

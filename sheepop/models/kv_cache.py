@@ -8,8 +8,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sheepop.config import ModelConfig
+from sheepop.models.sizing import CONVOLUTIONS
 
 
 class Cache(Protocol):
@@ -33,13 +35,20 @@ class Cache(Protocol):
         """Store keys and values (B, K, T, C) of new tokens; return those of all tokens, (B, K, S, C)."""
         ...
 
+    def remember(self, layer: int, site: int, hidden: Tensor, back: int) -> Tensor:
+        """Store what a convolution reads at new tokens, (B, T, D); return it behind what it read at `back` before.
+
+        The result is (B, back + T, D), zero where there are not as many tokens.
+        """
+        ...
+
     def advance(self, token_ids: Tensor) -> None:
         """Count the tokens (B, T) of a forward pass, whose keys and values every layer has stored."""
         ...
 
 
 class KVCache:
-    """One buffer a layer, allocated once for `capacity` tokens; reads are views, so nothing is copied.
+    """Buffers for each layer, allocated once for `capacity` tokens; reads are views, so nothing is copied.
 
     `length` counts the tokens of whole forward passes: the model advances it after its last layer. `recent_tokens` are
     the last (B, `ngram_order` - 1) of them, -1 where there are not as many.
@@ -57,6 +66,10 @@ class KVCache:
         shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)  # (B, K, T, C)
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        self.inputs = [  # of short convolutions
+            torch.empty((batch_size, CONVOLUTIONS, capacity, config.d_model), device=device, dtype=dtype)
+            for _ in range(config.num_layers if config.conv_width > 1 else 0)
+        ]
         self.recent_tokens = torch.full((batch_size, config.ngram_order - 1), -1, device=device)
         self.capacity = capacity
         self.length = 0
@@ -77,6 +90,12 @@ class KVCache:
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
         return keys[:, :, :end], values[:, :, :end]
+
+    def remember(self, layer: int, site: int, hidden: Tensor, back: int) -> Tensor:
+        """Store what a convolution reads at new tokens, (B, T, D); return it behind what it read at `back` before."""
+        stored, end = self.inputs[layer][:, site], self.length + hidden.shape[1]
+        stored[:, self.length : end] = hidden
+        return F.pad(stored[:, max(0, self.length - back) : end], (0, 0, max(0, back - self.length), 0))
 
     def advance(self, token_ids: Tensor) -> None:
         """Count the tokens (B, T) of a forward pass, whose keys and values every layer has stored."""

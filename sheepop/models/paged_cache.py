@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sheepop.config import ModelConfig
-from sheepop.models.sizing import kv_cache_bytes
+from sheepop.models.sizing import CONVOLUTIONS, kv_cache_bytes
 from sheepop.utils.errors import ConfigError
 from sheepop.utils.memory import available_bytes
 
@@ -71,7 +71,14 @@ class PagedCache:
         self.num_pages, self.page_size = num_pages, page_size
         self.num_heads, self.device = config.num_kv_heads, torch.device(device)
         self.num_recent = config.ngram_order - 1  # tokens before a new one that the embedding reads
-        self.window, self.sink_pages = config.sliding_window, self.pages_for(config.attention_sinks)
+        # What short convolutions read, as keys of so many heads of the stream's width.
+        self.inputs = [
+            torch.zeros((num_pages, CONVOLUTIONS, page_size, config.d_model), device=device, dtype=dtype)
+            for _ in range(config.num_layers if config.conv_width > 1 else 0)
+        ]
+        # A window keeps what short convolutions read in sight, too.
+        self.window = config.sliding_window and max(config.sliding_window, config.conv_width)
+        self.sink_pages = self.pages_for(config.attention_sinks)
         self._references = [0] * num_pages
         self._empty = list(range(num_pages))
         self._idle: OrderedDict[int, None] = OrderedDict()  # with content and without references, oldest first

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sheepop.models.paged_cache import CachedSequence, PagedCache
+from sheepop.models.sizing import CONVOLUTIONS
 
 
 class PagedRows:
@@ -36,14 +37,16 @@ class PagedRows:
             [*sequence.pages[:sunk], *sequence.pages[first:last], *[0] * (last - len(sequence.pages))]
             for sequence in sequences
         ]
-        pages = torch.tensor(table, device=device)  # (B, P)
+        pages = self._pages = torch.tensor(table, device=device)  # (B, P)
+        self._pages_ahead = sunk - first  # where a page stands in the table, less its number, but for the sinks'
         heads = torch.arange(K, device=device)[:, None]  # (K, 1)
         self._blocks = (pages[:, None] * K + heads).flatten()  # (B·K·P,)
-        own = pages.gather(1, self._positions // cache.page_size - first + sunk)[:, None] * K + heads  # (B, K, T)
+        own = pages.gather(1, self._positions // cache.page_size + self._pages_ahead)[:, None] * K + heads  # (B, K, T)
         places = (own * cache.page_size + (self._positions % cache.page_size)[:, None]).flatten()  # (B·K·T,)
+        self._is_real = steps < lengths  # (B, T), not padding
         self._real: Tensor | None = None  # which of (B·K·T,) are not padding; None for all
         if len(set(counts)) > 1:
-            self._real = (steps < lengths)[:, None].expand(B, K, T).flatten().nonzero()[:, 0]
+            self._real = self._is_real[:, None].expand(B, K, T).flatten().nonzero()[:, 0]
             places = places[self._real]
         self._places = places
 
@@ -78,6 +81,24 @@ class PagedRows:
         keys, values = self._cache.load(layer, self._blocks)  # (B·K·P, page_size, C)
         S = self._sunk + self._end - self._begin
         return keys.view(B, K, -1, C)[:, :, :S], values.view(B, K, -1, C)[:, :, :S]
+
+    def remember(self, layer: int, site: int, hidden: Tensor, back: int) -> Tensor:
+        """Store what a convolution reads at new tokens, (B, T, D); return it behind what it read at `back` before."""
+        stored = self._cache.inputs[layer].view(-1, hidden.shape[-1])  # (pages·sites·page_size, D)
+        places = self._input_places(self._positions, site)  # (B, T)
+        if self._real is None:
+            stored[places] = hidden
+        else:
+            stored[places[self._is_real]] = hidden[self._is_real]
+        earlier = self._positions[:, :1] - torch.arange(back, 0, -1, device=hidden.device)  # (B, back)
+        before = stored[self._input_places(earlier.clamp(min=0), site)] * (earlier >= 0).unsqueeze(-1)  # (B, back, D)
+        return torch.cat((before, hidden), dim=1)
+
+    def _input_places(self, positions: Tensor, site: int) -> Tensor:
+        """Return where in a layer's `inputs`, flattened to rows, a site's of these positions (B, N) lie."""
+        size = self._cache.page_size
+        pages = self._pages.gather(1, positions // size + self._pages_ahead)  # (B, N)
+        return (pages * CONVOLUTIONS + site) * size + positions % size
 
     def advance(self, token_ids: Tensor) -> None:
         """Leave the count to who asked for the forward pass."""

@@ -7,6 +7,8 @@ from sheepop.config import ModelConfig
 from sheepop.models.block_attention import suits_blocks, weights_in_blocks
 from sheepop.models.head_loss import rows_at_once
 
+CONVOLUTIONS = 2  # of a block with `conv_width` above 1: before attention and before the feed-forward
+
 
 @dataclass(frozen=True)
 class ParameterCounts:
@@ -17,6 +19,7 @@ class ParameterCounts:
     positions: int
     attention: int
     feed_forward: int
+    convolutions: int
     norms: int
     head: int
 
@@ -43,6 +46,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         positions=config.max_seq_len * D if config.positions == "learned" else 0,
         attention=L * attention,
         feed_forward=L * feed_forward,
+        convolutions=CONVOLUTIONS * L * (config.conv_width - 1) * D,
         norms=(2 * L + 1) * norm + (2 * L * C if config.qk_norm else 0),
         head=0 if config.tie_weights else config.vocab_size * D,
     )
@@ -91,9 +95,10 @@ def weight_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
 
 
 def kv_cache_bytes(config: ModelConfig, batch_size: int, length: int, bytes_per_number: int = 4) -> int:
-    """Return the bytes of keys and values: 2 x layers x B x K x length x C numbers."""
-    numbers = 2 * config.num_layers * batch_size * config.num_kv_heads * length * config.head_dim
-    return numbers * bytes_per_number
+    """Return the bytes of keys and values, layers x B x length x 2 x K x C numbers, and of what convolutions read."""
+    numbers = 2 * config.num_kv_heads * config.head_dim
+    numbers += CONVOLUTIONS * config.d_model if config.conv_width > 1 else 0
+    return config.num_layers * batch_size * length * numbers * bytes_per_number
 
 
 def attention_kernel(
@@ -171,8 +176,11 @@ def layer_activation_bytes(
 
     # Gated: both halves, the bent one, and the product. Else what goes into the activation and what comes out of it,
     # but ReLU's gradient is known from the latter.
+    convolutions = 0
+    if config.conv_width > 1:  # what their weights multiply, in the norms' fp32 and with the padding in front
+        convolutions = CONVOLUTIONS * 4 * B * (T + config.conv_width - 1) * D
     inner = 4 if config.is_gated else 1 if config.activation == "relu" else 2
-    return norms + attention + inner * e * N * F + 2 * dropout_byte * N * D
+    return norms + convolutions + attention + inner * e * N * F + 2 * dropout_byte * N * D
 
 
 def norm_activation_bytes(config: ModelConfig, num_tokens: int, *, on_gpu: bool) -> int:

@@ -23,7 +23,11 @@ def make_optimizer(model: TransformerModel, training: TrainingConfig) -> torch.o
     """
     leave_compiler_out()
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    inner = {name for name, parameter in named.items() if name.startswith("blocks.") and parameter.dim() == 2}
+    inner = {
+        name
+        for name, parameter in named.items()
+        if name.startswith("blocks.") and parameter.dim() == 2 and not name.endswith("convolution.weight")
+    }
     use_muon = training.optimizer == "muon"
     decayed = [p for name, p in named.items() if p.dim() >= 2 and not (use_muon and name in inner)]
     others = [

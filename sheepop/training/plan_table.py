@@ -44,6 +44,7 @@ def parameter_rows(plan: Plan) -> list[Row]:
         "positions": (counts.positions, ""),
         "attention": (counts.attention, f"{model.num_layers} layers"),
         "feed-forward": (counts.feed_forward, ""),
+        "short convolutions": (counts.convolutions, ""),
         "norms": (counts.norms, ""),
         "head": (counts.head, ""),
         "parameters": (counts.total, ""),

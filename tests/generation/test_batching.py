@@ -29,6 +29,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     "sinks": {"sliding_window": 5, "attention_sinks": 2},
     "sinks as long as the context": {"sliding_window": 3, "attention_sinks": 14, "positions": "learned"},
     "reference with sinks": {"attention": "reference", "sliding_window": 3, "attention_sinks": 3},
+    "convolutions": {"conv_width": 4},
+    "convolutions in a window": {"conv_width": 4, "sliding_window": 2},
     "n-grams": {"ngram_order": 2, "ngram_entries": 97},
     "longer n-grams": {"ngram_order": 4, "ngram_entries": 97, "positions": "learned"},
     "parallel": {"parallel_residual": True, "rotary_dim": 2},

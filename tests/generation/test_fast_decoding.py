@@ -27,6 +27,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     "sliding window": {"sliding_window": 5, "activation": "relu_squared"},
     "sinks": {"sliding_window": 5, "attention_sinks": 3, "num_kv_heads": 2},
     "GPT-NeoX": {"parallel_residual": True, "rotary_dim": 6, "bias": True},
+    "convolutions": {"conv_width": 4, "norm": "rmsnorm", "num_kv_heads": 2},
+    "parallel convolutions": {"conv_width": 3, "parallel_residual": True},
     "groups of tokens": {"ngram_order": 3, "ngram_entries": 57, "activation": "geglu"},
     "stretched": {"rope_scaling": "yarn", "rope_scaling_factor": 2.0},
 }

@@ -23,6 +23,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "sinks in several pages": {"sliding_window": 3, "attention_sinks": 6, "num_kv_heads": 2},
     "more sinks than tokens": {"sliding_window": 2, "attention_sinks": 40, "positions": "learned"},
     "reference with sinks": {"attention": "reference", "sliding_window": 3, "attention_sinks": 3},
+    "convolutions": {"conv_width": 4},
     "n-grams": {"ngram_order": 3, "ngram_entries": 97},
     "parallel": {"parallel_residual": True, "rotary_dim": 2},
     "reference attention": {"attention": "reference", "num_kv_heads": 2, "sliding_window": 3},

@@ -19,7 +19,7 @@ from sheepop.learn.trace import Trace
 from sheepop.models.blocks import ACTIVATIONS
 
 TOLERANCE = 1e-6
-FAMILIES = ("classic", "window", "sinks", "learned", "sinusoidal")  # between them they have all parts
+FAMILIES = ("classic", "window", "sinks", "convolutions", "learned", "sinusoidal")  # between them they have all parts
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,12 @@ MUTATIONS = (
         {"causal_mask"},
         "sheepop.models.attention:visible",
         {"places < sinks": "places <= sinks"},
+    ),
+    Mutation(
+        "the farthest token first",
+        {"short_convolution"},
+        "sheepop.models.short_convolution:ShortConvolution.forward",
+        {"self.weight[distance - 1]": "self.weight[-distance]"},
     ),
     Mutation(
         "softmax over the queries",

@@ -39,6 +39,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "sinusoidal": {"positions": "sinusoidal", "activation": "relu_squared"},
     "no positions": {"positions": "none", "activation": "geglu"},
     "parallel": {"parallel_residual": True, "rotary_dim": 2},
+    "convolutions": {"conv_width": 4},
     "n-grams": {"ngram_order": 3, "ngram_entries": 50},
 }
 

@@ -69,6 +69,8 @@ VARIANTS = [
     ("classic", {"dropout": 0.0, "attention_dropout": 0.2}),
     ("modern", {"activation": "geglu", "positions": "none"}),
     ("modern", {"ngram_order": 4, "ngram_entries": 99}),
+    ("classic", {"conv_width": 4, "dropout": 0.0}),
+    ("modern", {"conv_width": 4}),
     ("modern", {"qk_norm": False, "num_heads": 5, "num_kv_heads": 5}),
 ]
 

@@ -11,14 +11,44 @@ from sheepop.config import ModelConfig
 from sheepop.learn.evaluation import Part
 from sheepop.learn.formula import Formula, Meaning
 from sheepop.learn.functions import Applied, Stacked
-from sheepop.learn.notation import D, L, T, V, equals, matrix_product, matrix_sum
+from sheepop.learn.notation import (
+    D,
+    L,
+    T,
+    V,
+    array,
+    cases,
+    equals,
+    i,
+    j,
+    matrix_product,
+    matrix_sum,
+    over,
+    plus,
+    t,
+    times,
+)
 from sheepop.learn.parts import block_of, context_of, part_of, sample_run
 from sheepop.learn.trace import Trace
 from sheepop.models.blocks import TransformerBlock
+from sheepop.models.short_convolution import ShortConvolution
 
 STREAM, MADE = sympy.MatrixSymbol("X", T, D), sympy.MatrixSymbol("Y", T, D)
 EMBEDDED, HEAD, SCORES = sympy.MatrixSymbol("E", T, D), sympy.MatrixSymbol("U", V, D), sympy.MatrixSymbol("Z", T, V)
 ATTENDED = Applied(sympy.Symbol("Attention"), Applied(sympy.Symbol("Norm_1"), STREAM))
+
+
+NORMED, READ = array("Y", T, D), array("R", T, D)
+BACK = sympy.Symbol("J", integer=True, positive=True)
+MIXING = array("w", BACK, D)
+BEFORE = NORMED[t - 1 - j, i]
+
+
+def convolution_of(run: Trace, layer: int) -> ShortConvolution:
+    """Return a block's short convolution before attention."""
+    convolution = block_of(run, layer).attention_convolution
+    assert convolution is not None
+    return convolution
 
 
 def inner(compute: Callable[[TransformerBlock, Tensor], Tensor]) -> Callable[[Trace, int], Part]:
@@ -52,12 +82,40 @@ def missing_in_series(config: ModelConfig) -> str | None:
     return None
 
 
+def missing_where_nothing_is_mixed(config: ModelConfig) -> str | None:
+    """Say why a model has no short convolutions."""
+    return None if config.conv_width > 1 else "its model.conv_width is 1: layers read each token by itself"
+
+
+def read(site: int) -> Callable[[Trace, int], Part]:
+    """Return what gives the way from the stream to what attention (0) or the feed-forward (1) reads."""
+
+    def compute(block: TransformerBlock, hidden: Tensor) -> Tensor:
+        norm = (block.attention_norm, block.feed_forward_norm)[site]
+        convolution = (block.attention_convolution, block.feed_forward_convolution)[site]
+        normed: Tensor = norm(hidden)
+        return normed if convolution is None else convolution(normed)
+
+    return inner(compute)
+
+
+CONVOLUTION = {
+    "R": Meaning("what attention reads", "blocks.{layer}.attention.read"),
+    "Y": Meaning("the normalised stream", "blocks.{layer}.attention_norm"),
+    "w": Meaning(
+        "weights of the tokens before, the nearest first",
+        value=lambda run, layer: convolution_of(run, layer).weight,
+    ),
+    "J": Meaning("how many tokens before are mixed in", value=lambda run, _: run.model.config.conv_width - 1),
+}
 BLOCK = {
     "Y": Meaning("the stream behind the block", "blocks.{layer}.output"),
     "X": Meaning("the stream before the block", "blocks.{layer}.input"),
-    "Norm_1": Meaning("norm before attention", value=inner(lambda block, x: block.attention_norm(x))),
+    "Norm_1": Meaning("norm before attention, with the short convolution of a model that has one", value=read(0)),
     "Attention": Meaning("attention with all its heads", value=attention_of),
-    "Norm_2": Meaning("norm before the feed-forward", value=inner(lambda block, x: block.feed_forward_norm(x))),
+    "Norm_2": Meaning(
+        "norm before the feed-forward, with the short convolution of a model that has one", value=read(1)
+    ),
     "FFN": Meaning("the feed-forward", value=inner(lambda block, x: block.feed_forward(x))),
 }
 FORWARD = {
@@ -73,6 +131,32 @@ FORWARD = {
 }
 
 FORMULAS = (
+    Formula(
+        name="short_convolution",
+        title="Short convolution",
+        equation=equals(
+            READ[t, i], plus(NORMED[t, i], over(times(MIXING[j, i], cases((BEFORE, j < t), otherwise=0)), j, BACK))
+        ),
+        meanings=CONVOLUTION,
+        code="sheepop.models.short_convolution:ShortConvolution.forward",
+        line="mixed = mixed + self.weight[distance - 1] * earlier",
+        kids="""
+            Before a worker on the belt looks at a brick, a little of the colour of the three bricks before it has
+            rubbed off on it. So the worker sees at once what it comes after, without turning round.
+        """,
+        scientists="""
+            A depthwise causal convolution with the identity added, before each sub-layer: groups of J + 1 tokens at
+            every depth for 2J vectors a layer. Attention need not spend heads on its neighbours, and induction needs
+            one layer less. In writing, the last J inputs of each have to be kept.
+        """,
+        pitfalls="""
+            Mixing in the token that is to be predicted; mixing over the border of two texts that share a row; starting
+            each piece of a prompt from nothing instead of from the piece before.
+        """,
+        source="Allen-Zhu 2025, Physics of Language Models: Part 4.1; So et al. 2021, Primer",
+        sample=sample_run(CONVOLUTION, "R", conv_width=4),
+        missing=missing_where_nothing_is_mixed,
+    ),
     Formula(
         name="transformer_block",
         title="Transformer block",

@@ -12,6 +12,7 @@ from sheepop.learn.notation import KV_HEADS, B, C, D, F, H, L, T, V, equals, plu
 from sheepop.learn.trace import Trace
 from sheepop.models.kv_cache import KVCache
 from sheepop.models.sizing import (
+    CONVOLUTIONS,
     count_parameters,
     forward_flops_per_token,
     kv_cache_bytes,
@@ -20,7 +21,13 @@ from sheepop.models.sizing import (
 )
 
 BYTES, NUMBERS, FLOPS = sympy.symbols(r"M N \mathrm{FLOPs}")
-WIDTH, HEADS, ROWS, MATRICES, VECTORS, BIASED, NORMED, WINDOW = sympy.symbols("b a R m n b q W")
+WIDTH, HEADS, ROWS, MATRICES, VECTORS, BIASED, NORMED, STREAMS, WINDOW = sympy.symbols("b a R m n b q s W")
+
+
+def cached_streams(config: ModelConfig) -> int:
+    """Return how many numbers of the stream's width a layer keeps of a token, beside keys and values."""
+    return CONVOLUTIONS if config.conv_width > 1 else 0
+
 
 # Symbols that follow from a model's settings.
 OF_SETTINGS: dict[str, tuple[str, Callable[[ModelConfig], float]]] = {
@@ -33,14 +40,19 @@ OF_SETTINGS: dict[str, tuple[str, Callable[[ModelConfig], float]]] = {
     "V": ("entries of the vocabulary", lambda config: config.vocab_size),
     "a": ("tables of the vocabulary: 1 where the head is tied to the embedding, else 2", lambda c: 2 - c.tie_weights),
     "R": (
-        "rows of other tables: learned positions, and groups of tokens",
-        lambda config: sum(ngram_table_sizes(config)) + (config.max_seq_len if config.positions == "learned" else 0),
+        "rows of other tables: learned positions, groups of tokens, and weights of short convolutions",
+        lambda config: (
+            sum(ngram_table_sizes(config))
+            + (config.max_seq_len if config.positions == "learned" else 0)
+            + config.num_layers * CONVOLUTIONS * (config.conv_width - 1)
+        ),
     ),
     "m": ("matrices of the feed-forward: 3 with a gated activation, else 2", lambda config: 2 + config.is_gated),
     "n": (
         "vectors of a norm: 2 for a layer norm with shift, else 1",
         lambda config: 2 if config.norm == "layernorm" and config.bias else 1,
     ),
+    "s": ("what a layer's short convolutions read: 2 streams, 0 without them", cached_streams),
     "b": ("1 where linear layers have biases, else 0", lambda config: int(config.bias)),
     "q": ("1 where queries and keys are normalised, else 0", lambda config: int(config.qk_norm)),
 }
@@ -84,6 +96,7 @@ def random_config(random: np.random.Generator) -> ModelConfig:
         tie_weights=one_of(True, False),
         positions=one_of("rotary", "learned", "none"),
         ngram_order=one_of(1, 3),
+        conv_width=one_of(1, 4),
         qk_norm=one_of(True, False),
         sliding_window=window,
         attention_sinks=sinks,
@@ -115,7 +128,7 @@ def allocated(run: Trace, _layer: int) -> int:
     """Return the bytes of a cache that holds a run's tokens."""
     model = run.model
     cache = KVCache(model.config, 1, len(run.token_ids), dtype=model.dtype)
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*cache.keys, *cache.values))
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*cache.keys, *cache.values, *cache.inputs))
 
 
 def missing_where_quantized(config: ModelConfig) -> str | None:
@@ -125,7 +138,7 @@ def missing_where_quantized(config: ModelConfig) -> str | None:
     return f"its model.quantization is '{config.quantization}': it has rounded numbers in the place of parameters"
 
 
-CACHE = ("L", "H_{KV}", "C")
+CACHE = ("L", "H_{KV}", "C", "s", "D")
 COUNT = ("L", "D", "H", "H_{KV}", "C", "F", "V", "a", "R", "m", "n", "b", "q")
 WORK = ("L", "D", "H", "H_{KV}", "C", "F", "V", "m")
 PLACES = Meaning("tokens of the text", value=lambda run, _: len(run.token_ids))
@@ -134,23 +147,24 @@ FORMULAS = (
     Formula(
         name="kv_cache_bytes",
         title="Memory of the key/value cache",
-        equation=equals(BYTES, times(2, L, B, KV_HEADS, T, C, WIDTH)),
+        equation=equals(BYTES, times(L, B, T, WIDTH, plus(times(2, KV_HEADS, C), times(STREAMS, D)))),
         meanings={
-            "M": Meaning("bytes of all keys and values", value=allocated),
+            "M": Meaning("bytes of all keys and values, and of what short convolutions read", value=allocated),
             **from_settings(*CACHE),
             "B": Meaning("texts at a time; 1 where a run is shown", value=lambda _, __: 1),
             "T": PLACES,
             "b": Meaning("bytes of a number", value=lambda run, _: run.model.dtype.itemsize),
         },
         code="sheepop.models.sizing:kv_cache_bytes",
-        line="numbers = 2 * config.num_layers",
+        line="numbers = 2 * config.num_kv_heads * config.head_dim",
         kids="""
             While a story is written, every word so far keeps its name tag and its parcel ready on a shelf. Two things a
             word, on every floor of the house: the longer the story, the longer the shelf.
         """,
         scientists="""
-            One key and one value of C numbers for each layer, key/value head and token. It grows with the length of the
-            text, unlike the weights, and at long contexts can outweigh them; grouped heads shrink it by H over H_KV.
+            One key and one value of C numbers for each layer, key/value head and token; short convolutions keep two
+            streams of D beside them. It grows with the length of the text, unlike the weights, and at long contexts
+            can outweigh them; grouped heads shrink it by H over H_KV.
         """,
         pitfalls="""
             Counting query heads instead of key/value heads; forgetting that keys and values are two; a cache for the

@@ -75,7 +75,7 @@ ELEMENTWISE = {
 }
 FEED_FORWARD = {
     "y": Meaning("what a place adds to its stream", value=columns_of("blocks.{layer}.feed_forward.output")),
-    "x": Meaning("what it reads: its normalised stream", value=columns_of("blocks.{layer}.feed_forward_norm")),
+    "x": Meaning("what it reads: its normalised stream", value=columns_of("blocks.{layer}.feed_forward.read")),
     "W_1": Meaning("weight that widens", value=layer_of("input", "W")),
     "b_1": Meaning("bias, 0 where the model has none", value=layer_of("input", "b")),
     "phi": Meaning("the activation; a gated one multiplies one half, bent, by the other", value=activation_of),

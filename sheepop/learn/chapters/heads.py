@@ -71,7 +71,7 @@ def projection(
     )
     meanings = {
         letter: Meaning(does, value=projected(number)),
-        "X": Meaning("what attention reads: the normalised stream", "blocks.{layer}.attention_norm"),
+        "X": Meaning("what attention reads: the normalised stream", "blocks.{layer}.attention.read"),
         f"W^{letter}": Meaning(f"weight that makes {name}, C rows a head", value=rows_of(number, "W")),
         f"b^{letter}": Meaning("bias, 0 where the model has none", value=rows_of(number, "b")),
     }

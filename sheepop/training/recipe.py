@@ -32,8 +32,9 @@ SHAPES = (
     (384, 8), (512, 8), (640, 10), (768, 12), (1024, 16), (1280, 20), (1536, 24),
 )  # fmt: skip
 VOCABULARIES = (512, 1024, 2048, 4096, 8192)  # of byte-level BPE
-# Embeddings of the last tokens together cut the time to a loss by three for characters and runs of seconds, but no
-# stock class of `transformers` has them, and what the dial trains shall export. 4 would switch them on.
+# Embeddings of the last tokens together cut the time to a loss by three for characters and runs of seconds, and short
+# convolutions lower the loss of any run by 2 to 3 %, but no stock class of `transformers` has them, and what the dial
+# trains shall export. 4 would switch on the one, `--model.conv_width 4` the other.
 NGRAM_ORDER = 1
 TOKENS_PER_ENTRY = 100  # a vocabulary's entries are learned from their occurrences
 MEMORY_SHARE = 0.5  # of what is free, for tensors
@@ -331,6 +332,7 @@ def settings_for(
         "model.max_seq_len": context,
         "model.dropout": dropout,
         "model.attention_dropout": 0.0,  # it would cost a third of the speed
+        "model.zero_init_outputs": True,
         "model.ngram_order": NGRAM_ORDER,
         "training.batch_size": max(1, round(wanted / context / micro_batches)),
         "training.gradient_accumulation_steps": micro_batches,

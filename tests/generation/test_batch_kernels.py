@@ -56,7 +56,10 @@ def test_tiles_give_the_products_of_one_row_at_a_time(
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("shape", [(1, 3, 128), (2, TILE, 128), (5, 7, 128)])
-def test_a_layer_by_the_kernels_computes_what_the_layer_computes(quantization, shape: tuple[int, ...]) -> None:
+def test_a_layer_by_the_kernels_computes_what_the_layer_computes(
+    quantization, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sheepop.generation.fast_decoding.HAS_INTEGERS", False)
     layer = QuantizedLinear(shape[-1], 37, bias=True, quantization=quantization)
     layer.fill(torch.randn(37, shape[-1]), torch.randn(37))
     hidden = torch.randn(shape)

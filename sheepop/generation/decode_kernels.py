@@ -32,6 +32,7 @@ Integers = NDArray[np.int64]
 ANY_ORDER = {"reassoc", "contract", "nsz", "arcp"}
 AT_ONCE = 4  # sequences for which a weight is read and turned into fp32 once
 ACTIVATED_AT_ONCE = 256  # features that one core takes at a time
+TOKENS_AHEAD = 2 * TILE  # whose keys or values are on their way while others are used
 NOTHING = np.float32(0)
 
 
@@ -199,50 +200,50 @@ def attend(
     factor = np.float32(1 / math.sqrt(width))
     for task in prange(len(projected) * kv_heads):
         n, k = task // kv_heads, task % kv_heads
-        end = positions[n] + 1
+        head, end = k * group, positions[n] + 1
         start = max(0, end - window) if window else 0
         scores = np.zeros((group, end + TILE), dtype=np.float32)
         for index in range(start // page_size, (end - 1) // page_size + 1):
-            page, first = keys[pages[n, index], k], index * page_size
+            page, first = pages[n, index], index * page_size
             t, last = max(start - first, 0), min(end, first + page_size) - first
             while t < last:
+                ahead = first + t + TOKENS_AHEAD
+                if ahead < end:
+                    fetch_rows(keys, pages[n, ahead // page_size], k, ahead % page_size)
+                elif start + ahead - end < end:  # after the last key comes the first value
+                    ahead += start - end
+                    fetch_rows(values, pages[n, ahead // page_size], k, ahead % page_size)
                 at_once = TILE if t + TILE <= page_size else 1
-                if t + at_once < page_size:
-                    fetch_rows(page, t + at_once)
-                elif first + page_size < end:
-                    fetch_rows(keys[pages[n, index + 1], k], 0)
-                for h in range(group):
-                    query = projected[n, k * group + h]
-                    if at_once == TILE:  # keys behind the last one may be read, and are not used
-                        add_scores(query, page, t, scores[h], first + t)
-                    for place in range(t, min(t + at_once, last)):
-                        for c in range(whole if at_once == TILE else 0, width):
-                            scores[h, first + place] += query[c] * page[place, c]
+                if at_once == TILE:  # keys behind the last one may be read, and are not used
+                    add_scores(projected, n, head, keys, page, k, t, scores, first + t)
+                if at_once == 1 or whole < width:
+                    for h in range(group):
+                        for place in range(t, min(t + at_once, last)):
+                            for c in range(whole if at_once == TILE else 0, width):
+                                scores[h, first + place] += projected[n, head + h, c] * keys[page, k, place, c]
                 t += at_once
         for h in range(group):
-            highest = scores[h, start:end].max()
-            total = NOTHING
-            for t in range(start, end):
-                scores[h, t] = exp_fp32((scores[h, t] - highest) * factor)
-                total += scores[h, t]
-            for t in range(start, end):
-                scores[h, t] /= total
-            outputs[n, k * group + h] = NOTHING
+            seen = scores[h, start:end]  # from 0 on: where an index may be negative the compiler makes no vectors
+            highest, total = seen.max(), NOTHING
+            for t in range(len(seen)):
+                seen[t] = exp_fp32((seen[t] - highest) * factor)
+                total += seen[t]
+            for t in range(len(seen)):
+                seen[t] /= total
+            outputs[n, head + h] = NOTHING
         for index in range(start // page_size, (end - 1) // page_size + 1):
-            page, first = values[pages[n, index], k], index * page_size
+            page, first = pages[n, index], index * page_size
             t, last = max(start - first, 0), min(end, first + page_size) - first
             while t < last:
-                until = min(t + TILE, last)
-                if until < page_size:
-                    fetch_rows(page, until)
-                elif first + page_size < end:
-                    fetch_rows(values[pages[n, index + 1], k], 0)
-                for h in range(group):
-                    mixed = outputs[n, k * group + h]
-                    add_values(scores[h], first + t, page, t, until, mixed)
-                    for place in range(t, until):
-                        for c in range(whole, width):
-                            mixed[c] += scores[h, first + place] * page[place, c]
+                ahead, until = first + t + TOKENS_AHEAD, min(t + TILE, last)
+                if ahead < end:
+                    fetch_rows(values, pages[n, ahead // page_size], k, ahead % page_size)
+                add_values(scores, first + t, values, page, k, t, until, outputs, n, head)
+                if whole < width:
+                    for h in range(group):
+                        for place in range(t, until):
+                            for c in range(whole, width):
+                                outputs[n, head + h, c] += scores[h, first + place] * values[page, k, place, c]
                 t = until
 
 
@@ -253,20 +254,24 @@ def activate(hidden: Floats, activation: int, is_gated: bool, outputs: Floats) -
     parts = -(-width // ACTIVATED_AT_ONCE)
     for task in prange(rows * parts):
         n, start = task // parts, task % parts * ACTIVATED_AT_ONCE
-        for f in range(start, min(start + ACTIVATED_AT_ONCE, width)):
-            x = hidden[n, f]
+        end = min(start + ACTIVATED_AT_ONCE, width)
+        part, found = hidden[n, start:end], outputs[n, start:end]
+        for f in range(len(found)):  # from 0 on: where an index may be negative the compiler makes no vectors
+            x = part[f]
             if activation == GELU:
-                y = np.float32(0.5) * x * (ONE + np.float32(math.erf(x * np.float32(math.sqrt(0.5)))))
+                found[f] = np.float32(0.5) * x * (ONE + np.float32(math.erf(x * np.float32(math.sqrt(0.5)))))
             elif activation == GELU_TANH:  # (1 + tanh(z)) / 2 = 1 - 1 / (1 + exp(2z))
                 z = TANH_SCALE * (x + np.float32(0.044715) * x * x * x)
-                y = x - x / (ONE + exp_fp32(z + z))
+                found[f] = x - x / (ONE + exp_fp32(z + z))
             elif activation == SILU:
-                y = x / (ONE + exp_fp32(-x))
+                found[f] = x / (ONE + exp_fp32(-x))
             else:
                 y = max(x, NOTHING)
-                if activation == RELU_SQUARED:
-                    y *= y
-            outputs[n, f] = y * hidden[n, width + f] if is_gated else y
+                found[f] = y * y if activation == RELU_SQUARED else y
+        if is_gated:
+            gates = hidden[n, width + start : width + end]
+            for f in range(len(found)):
+                found[f] *= gates[f]
 
 
 GELU, GELU_TANH, SILU, RELU, RELU_SQUARED = range(5)

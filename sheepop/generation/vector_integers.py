@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from sheepop.generation.vector_dots import AHEAD, BYTE, FLOAT, GROUP, INT, LONG, fetch, load, splat
-from sheepop.generation.vector_tiles import TILE, row_of, store, transpose
+from sheepop.generation.vector_tiles import TILE, arrays_of, row_of, size_of, store, transpose
 
 HAS_INTEGERS = TILE == 16 and bool(get_host_cpu_features().get("avx512vnni"))  # what the functions here need
 MOST_INPUTS = 2**16  # of which a sum of products of bytes is within 32 bits
@@ -50,19 +50,6 @@ def joined(builder: Any, upper: Any, lower: Any) -> Any:
     """Return as fp32 what the sums with the upper bytes and those with the lower ones make together."""
     upper, lower = builder.sitofp(upper, FLOATS), builder.sitofp(lower, FLOATS)
     return builder.fadd(builder.fmul(upper, constant(FLOATS, 256.0)), lower)
-
-
-def arrays_of(context: Any, builder: Any, signature: Any, arguments: Any) -> list[Any]:
-    """Return the arguments of an intrinsic, its arrays as such."""
-    return [
-        context.make_array(kind)(context, builder, value) if isinstance(kind, types.Array) else value
-        for kind, value in zip(signature.args, arguments, strict=True)
-    ]
-
-
-def size_of(builder: Any, array: Any, dimension: int) -> Any:
-    """Return the size of an array along a dimension."""
-    return cgutils.unpack_tuple(builder, array.shape)[dimension]
 
 
 @intrinsic

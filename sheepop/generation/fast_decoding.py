@@ -58,7 +58,13 @@ class FastDecoder:
         return logits[:, None]
 
     def step(
-        self, hidden: Tensor, positions: Integers, pages: Integers, keys: Sequence[Tensor], values: Sequence[Tensor]
+        self,
+        hidden: Tensor,
+        positions: Integers,
+        pages: Integers,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        wanted: Sequence[int] | None = None,
     ) -> Tensor:
         """Return the logits (N, V) after N tokens, whose keys and values are stored.
 
@@ -67,12 +73,19 @@ class FastDecoder:
             positions: (N,), where they stand in their sequences.
             pages: (N, M), which pages hold each one's sequence, in order.
             keys, values: of each layer (all pages, K, page size, C), where those of the tokens before are.
+            wanted: the tokens whose logits are returned; all by default.
         """
         with numba_threads():
-            return self._step(hidden, positions, pages, keys, values)
+            return self._step(hidden, positions, pages, keys, values, wanted)
 
     def _step(
-        self, hidden: Tensor, positions: Integers, pages: Integers, keys: Sequence[Tensor], values: Sequence[Tensor]
+        self,
+        hidden: Tensor,
+        positions: Integers,
+        pages: Integers,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        wanted: Sequence[int] | None,
     ) -> Tensor:
         config, rows = self.config, len(hidden)
         stream = hidden.contiguous().numpy()  # (N, D)
@@ -98,7 +111,9 @@ class FastDecoder:
             kernels.activate(inner, activation, config.is_gated, activated)
             layer.feed_forward_output(activated, stream, True)
         self.final_norm(stream, normed)
-        logits = aligned(rows, config.vocab_size)
+        if wanted is not None and len(wanted) < rows:
+            normed = normed[wanted]
+        logits = aligned(len(normed), config.vocab_size)
         self.head(normed, logits, False)
         return torch.from_numpy(logits)
 

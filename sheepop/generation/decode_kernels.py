@@ -9,6 +9,7 @@ S tokens a page, M pages of a sequence.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import njit, prange
@@ -32,6 +33,7 @@ Integers = NDArray[np.int64]
 ANY_ORDER = {"reassoc", "contract", "nsz", "arcp"}
 AT_ONCE = 4  # sequences for which a weight is read and turned into fp32 once
 ACTIVATED_AT_ONCE = 256  # features that one core takes at a time
+TOKENS_AHEAD = 2 * TILE  # whose keys or values are on their way while others are used
 NOTHING = np.float32(0)
 
 
@@ -228,57 +230,67 @@ def attend(
     factor = np.float32(1 / math.sqrt(width))
     for task in prange(len(projected) * kv_heads):
         n, k = task // kv_heads, task % kv_heads
-        end = positions[n] + 1
+        head, end = k * group, positions[n] + 1
         start = max(0, end - window) if window else 0
         sunk = min(sinks, start)
-        seen = sunk + end - start
-        scores = np.zeros((group, seen + TILE), dtype=np.float32)
-        for begin, stop, ahead in ((0, sunk, 0), (start, end, start - sunk)):  # token t's score is at t - ahead
+        num_seen = sunk + end - start
+        scores = np.zeros((group, num_seen + TILE), dtype=np.float32)
+        for begin, stop, shift in ((0, sunk, 0), (start, end, start - sunk)):  # token t's score is at t - shift
             for index in range(begin // page_size, (stop - 1) // page_size + 1):
-                page, first = keys[pages[n, index], k], index * page_size
+                page, first = pages[n, index], index * page_size
                 t, last = max(begin - first, 0), min(stop, first + page_size) - first
                 while t < last:
+                    ahead = first + t + TOKENS_AHEAD
+                    if ahead < stop:
+                        fetch_rows(keys, pages[n, ahead // page_size], k, ahead % page_size)
+                    elif stop == end and start + ahead - end < end:  # after the last key comes the first value
+                        ahead += start - end
+                        fetch_rows(values, pages[n, ahead // page_size], k, ahead % page_size)
                     at_once = TILE if t + TILE <= page_size else 1
-                    if t + at_once < page_size:
-                        fetch_rows(page, t + at_once)
-                    elif first + page_size < stop:
-                        fetch_rows(keys[pages[n, index + 1], k], 0)
-                    for h in range(group):
-                        query = projected[n, k * group + h]
-                        if at_once == TILE:  # keys behind the last one may be read, and are not used
-                            add_scores(query, page, t, scores[h], first + t - ahead)
-                        for place in range(t, min(t + at_once, last)):
-                            for c in range(whole if at_once == TILE else 0, width):
-                                scores[h, first + place - ahead] += query[c] * page[place, c]
+                    if at_once == TILE:  # keys behind the last one may be read, and are not used
+                        add_scores(projected, n, head, keys, page, k, t, scores, first + t - shift)
+                    if at_once == 1 or whole < width:
+                        for h in range(group):
+                            for place in range(t, min(t + at_once, last)):
+                                at = first + place - shift
+                                for c in range(whole if at_once == TILE else 0, width):
+                                    scores[h, at] += projected[n, head + h, c] * keys[page, k, place, c]
                     t += at_once
             if stop < end:  # the window's scores are added where those of keys behind the sinks were
                 scores[:, sunk : sunk + TILE] = NOTHING
         for h in range(group):
-            highest = scores[h, :seen].max()
-            total = NOTHING
-            for t in range(seen):
-                scores[h, t] = exp_fp32((scores[h, t] - highest) * factor)
-                total += scores[h, t]
-            for t in range(seen):
-                scores[h, t] /= total
-            outputs[n, k * group + h] = NOTHING
-        for begin, stop, ahead in ((0, sunk, 0), (start, end, start - sunk)):
+            seen = scores[h, :num_seen]  # from 0 on: where an index may be negative the compiler makes no vectors
+            highest, total = seen.max(), NOTHING
+            for t in range(len(seen)):
+                seen[t] = exp_fp32((seen[t] - highest) * factor)
+                total += seen[t]
+            for t in range(len(seen)):
+                seen[t] /= total
+            outputs[n, head + h] = NOTHING
+        for begin, stop, shift in ((0, sunk, 0), (start, end, start - sunk)):
             for index in range(begin // page_size, (stop - 1) // page_size + 1):
-                page, first = values[pages[n, index], k], index * page_size
+                page, first = pages[n, index], index * page_size
                 t, last = max(begin - first, 0), min(stop, first + page_size) - first
                 while t < last:
-                    until = min(t + TILE, last)
-                    if until < page_size:
-                        fetch_rows(page, until)
-                    elif first + page_size < stop:
-                        fetch_rows(values[pages[n, index + 1], k], 0)
-                    for h in range(group):
-                        mixed = outputs[n, k * group + h]
-                        add_values(scores[h], first + t - ahead, page, t, until, mixed)
-                        for place in range(t, until):
-                            for c in range(whole, width):
-                                mixed[c] += scores[h, first + place - ahead] * page[place, c]
+                    ahead, until = first + t + TOKENS_AHEAD, min(t + TILE, last)
+                    if ahead < stop:
+                        fetch_rows(values, pages[n, ahead // page_size], k, ahead % page_size)
+                    add_values(scores, first + t - shift, values, page, k, t, until, outputs, n, head)
+                    if whole < width:
+                        for h in range(group):
+                            for place in range(t, until):
+                                weight = scores[h, first + place - shift]
+                                for c in range(whole, width):
+                                    outputs[n, head + h, c] += weight * values[page, k, place, c]
                     t = until
+
+
+@njit(fastmath=ANY_ORDER, error_model="numpy", cache=True)  # a check for a division by zero would keep vectors away
+def normal_share(x: Any) -> Any:
+    """Return how much of the normal distribution is below x, of fp32, to 1e-7 (Abramowitz and Stegun 1964, 7.1.26)."""
+    t = ONE / (ONE + ERF_SCALE * abs(x))
+    beyond = t * (A1 + t * (A2 + t * (A3 + t * (A4 + t * A5)))) * exp_fp32(np.float32(-0.5) * x * x)
+    return beyond if x < NOTHING else ONE - beyond
 
 
 @njit(parallel=True, fastmath=ANY_ORDER, cache=True)
@@ -288,20 +300,24 @@ def activate(hidden: Floats, activation: int, is_gated: bool, outputs: Floats) -
     parts = -(-width // ACTIVATED_AT_ONCE)
     for task in prange(rows * parts):
         n, start = task // parts, task % parts * ACTIVATED_AT_ONCE
-        for f in range(start, min(start + ACTIVATED_AT_ONCE, width)):
-            x = hidden[n, f]
+        end = min(start + ACTIVATED_AT_ONCE, width)
+        part, found = hidden[n, start:end], outputs[n, start:end]
+        for f in range(len(found)):  # from 0 on: where an index may be negative the compiler makes no vectors
+            x = part[f]
             if activation == GELU:
-                y = np.float32(0.5) * x * (ONE + np.float32(math.erf(x * np.float32(math.sqrt(0.5)))))
+                found[f] = x * normal_share(x)
             elif activation == GELU_TANH:  # (1 + tanh(z)) / 2 = 1 - 1 / (1 + exp(2z))
                 z = TANH_SCALE * (x + np.float32(0.044715) * x * x * x)
-                y = x - x / (ONE + exp_fp32(z + z))
+                found[f] = x - x / (ONE + exp_fp32(z + z))
             elif activation == SILU:
-                y = x / (ONE + exp_fp32(-x))
+                found[f] = x / (ONE + exp_fp32(-x))
             else:
                 y = max(x, NOTHING)
-                if activation == RELU_SQUARED:
-                    y *= y
-            outputs[n, f] = y * hidden[n, width + f] if is_gated else y
+                found[f] = y * y if activation == RELU_SQUARED else y
+        if is_gated:
+            gates = hidden[n, width + start : width + end]
+            for f in range(len(found)):
+                found[f] *= gates[f]
 
 
 GELU, GELU_TANH, SILU, RELU, RELU_SQUARED = range(5)
@@ -315,3 +331,5 @@ ACTIVATION = {
     "geglu": GELU,
 }
 TANH_SCALE = np.float32(math.sqrt(2 / math.pi))
+ERF_SCALE = np.float32(0.3275911 * math.sqrt(0.5))
+A1, A2, A3, A4, A5 = (np.float32(0.5 * a) for a in (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429))

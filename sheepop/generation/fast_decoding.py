@@ -17,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sheepop.generation import batch_kernels
+from sheepop.generation import batch_kernels, integer_kernels
 from sheepop.generation import decode_kernels as kernels
+from sheepop.generation.vector_dots import GROUP
+from sheepop.generation.vector_integers import HAS_INTEGERS, MOST_INPUTS
 from sheepop.generation.vector_tiles import TILE
 from sheepop.models.blocks import TransformerBlock
 from sheepop.models.kv_cache import KVCache
@@ -63,6 +65,7 @@ class FastDecoder:
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
         inputs: Sequence[Tensor],
+        wanted: Sequence[int] | None = None,
     ) -> Tensor:
         """Return the logits (N, V) after N tokens, whose keys and values are stored.
 
@@ -72,9 +75,10 @@ class FastDecoder:
             pages: (N, M), which pages hold each one's sequence, in order.
             keys, values: of each layer (all pages, K, page size, C), where those of the tokens before are.
             inputs: of each layer (all pages, sites, page size, D), what short convolutions read; empty without them.
+            wanted: the tokens whose logits are returned; all by default.
         """
         with numba_threads():
-            return self._step(hidden, positions, pages, keys, values, inputs)
+            return self._step(hidden, positions, pages, keys, values, inputs, wanted)
 
     def _step(
         self,
@@ -84,6 +88,7 @@ class FastDecoder:
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
         inputs: Sequence[Tensor],
+        wanted: Sequence[int] | None,
     ) -> Tensor:
         config, rows = self.config, len(hidden)
         stream = hidden.contiguous().numpy()  # (N, D)
@@ -114,7 +119,9 @@ class FastDecoder:
             kernels.activate(inner, activation, config.is_gated, activated)
             layer.feed_forward_output(activated, stream, True)
         self.final_norm(stream, normed)
-        logits = aligned(rows, config.vocab_size)
+        if wanted is not None and len(wanted) < rows:
+            normed = normed[wanted]
+        logits = aligned(len(normed), config.vocab_size)
         self.head(normed, logits, False)
         return torch.from_numpy(logits)
 
@@ -167,6 +174,9 @@ def product_of(layer: nn.Module) -> Product:
     elif not layer.is_packed:
         weights = [numbers(layer.values), numbers(layer.scale)]
         few, many = kernels.matmul_int8, batch_kernels.matmul_int8
+        if HAS_INTEGERS and layer.num_inputs % GROUP == 0 and layer.num_inputs <= MOST_INPUTS:
+            weights.append(weights[0].sum(1, dtype=np.int32))  # ten times as fast as PyTorch's
+            few, many = integer_kernels.matmul_few, integer_kernels.matmul_many
     else:
         weights = [numbers(layer.values), numbers(layer.scale), numbers(layer.lowest)]
         few, many = kernels.matmul_int4, batch_kernels.matmul_int4

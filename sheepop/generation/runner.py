@@ -83,10 +83,16 @@ class ModelRunner:
 # Up to about so many tokens of a step the kernels are faster than PyTorch's operators. Beyond that the weights are used
 # so often that these no longer matter, and PyTorch's attention is the better one (`docs/log.md`).
 FEW_TOKENS = 32
+# The weights of quantized layers are multiplied by the kernels in any case; up to a text of about this length the
+# kernels' attention takes no more than PyTorch's, and the rest of a layer less (`docs/log.md`).
+SHORT_TEXT = 512
 
 
 class KernelRunner:
-    """Computes steps of few tokens by the kernels for decoding, each token as a row, and all others by the model."""
+    """Computes few tokens, and short texts of quantized models, by the kernels for decoding, and others by the model.
+
+    To the kernels each token is a row.
+    """
 
     def __init__(self, model: TransformerModel, decoder: "FastDecoder") -> None:
         self.model, self._decoder, self._others = model, decoder, ModelRunner(decoder.reader)
@@ -94,10 +100,13 @@ class KernelRunner:
     def __call__(self, chunks: Sequence[Chunk], cache: PagedCache) -> list[Tensor]:
         """Do what `Runner` says."""
         few = [index for index, chunk in enumerate(chunks) if len(chunk.token_ids) <= FEW_TOKENS]
-        if type(cache) is not PagedCache:  # the kernels know no keys of 8 bits
-            few = []
         while sum(len(chunks[index].token_ids) for index in few) > max(FEW_TOKENS, len(few)):
             few.remove(max(few, key=lambda index: len(chunks[index].token_ids)))
+        if self.model.config.quantization != "none":
+            ends = [chunk.sequence.length + len(chunk.token_ids) for chunk in chunks]
+            few = [index for index, end in enumerate(ends) if index in few or end <= SHORT_TEXT]
+        if type(cache) is not PagedCache:  # the kernels know no keys of 8 bits
+            few = []
         others = [index for index in range(len(chunks)) if index not in few]
         logits = dict(zip(few, self._decode([chunks[index] for index in few], cache), strict=True)) if few else {}
         if others:
@@ -107,7 +116,7 @@ class KernelRunner:
     def _decode(self, chunks: Sequence[Chunk], cache: PagedCache) -> list[Tensor]:
         """Return the logits of chunks whose tokens are few."""
         most = max(len(chunk.sequence.pages) for chunk in chunks)
-        token_ids, positions, pages, before = [], [], [], []
+        token_ids, positions, pages, before, wanted = [], [], [], [], list[int]()
         for chunk in chunks:
             start = chunk.sequence.length
             text = [-1] * cache.num_recent + chunk.sequence.token_ids[max(0, start - cache.num_recent) :]
@@ -118,13 +127,13 @@ class KernelRunner:
                 token_ids.append([token_id])
                 positions.append(start + place)
                 pages.append(chunk.sequence.pages + [0] * (most - len(chunk.sequence.pages)))
+            wanted += range(len(positions) - (len(chunk.token_ids) if chunk.all_logits else 1), len(positions))
         with inference(self.model):
             places = torch.tensor(positions)[:, None]
             hidden = self.model.embed(torch.tensor(token_ids), places, before=torch.tensor(before, dtype=torch.int64))
             stored = (cache.keys, cache.values, cache.inputs)
-            rows = self._decoder.step(hidden[:, 0], np.array(positions), np.array(pages), *stored)
-        parts = torch.split(rows, [len(chunk.token_ids) for chunk in chunks])
-        return [part if chunk.all_logits else part[-1:] for chunk, part in zip(chunks, parts, strict=True)]
+            rows = self._decoder.step(hidden[:, 0], np.array(positions), np.array(pages), *stored, wanted)
+        return list(torch.split(rows, [len(chunk.token_ids) if chunk.all_logits else 1 for chunk in chunks]))
 
 
 def runner_for(model: TransformerModel) -> Runner:

@@ -147,79 +147,136 @@ def tile_int4(typing: Any, panel: Any, first: Any, sums: Any, values: Any, scale
     return types.void(panel, types.int64, sums, values, scale, lowest), code_of(unpack_int4)
 
 
+def arrays_of(context: Any, builder: Any, signature: Any, arguments: Any) -> list[Any]:
+    """Return the arguments of an intrinsic, its arrays as such."""
+    return [
+        context.make_array(kind)(context, builder, value) if isinstance(kind, types.Array) else value
+        for kind, value in zip(signature.args, arguments, strict=True)
+    ]
+
+
+def item_of(builder: Any, array: Any, *indices: Any) -> Any:
+    """Return a pointer to an item of an array, by as many of its indices as are not zero at the end."""
+    place = builder.ptrtoint(array.data, LONG)
+    for index, stride in zip(indices, cgutils.unpack_tuple(builder, array.strides), strict=False):
+        place = builder.add(place, builder.mul(index, stride))
+    return builder.inttoptr(place, array.data.type)
+
+
+def size_of(builder: Any, array: Any, dimension: int) -> Any:
+    """Return the size of an array along a dimension."""
+    return cgutils.unpack_tuple(builder, array.shape)[dimension]
+
+
 @intrinsic
-def add_scores(typing: Any, query: Any, page: Any, begin: Any, scores: Any, place: Any) -> Any:  # noqa: ARG001
-    """Add to TILE scores (T,), from `place` on, the products of a query (C,) and keys of a page (S, C) behind `begin`.
+def add_scores(
+    typing: Any,  # noqa: ARG001
+    projected: Any,
+    row: Any,  # noqa: ARG001
+    head: Any,  # noqa: ARG001
+    keys: Any,
+    page: Any,  # noqa: ARG001
+    kv_head: Any,  # noqa: ARG001
+    begin: Any,  # noqa: ARG001
+    scores: Any,
+    place: Any,  # noqa: ARG001
+) -> Any:
+    """Add to TILE scores (G, T) of G heads, from `place` on, the products of queries and keys.
 
     What is behind the last multiple of TILE of C is left out.
+
+    Args:
+        projected: (N, at least `head` + G, C), of which `row` has the queries from `head` on.
+        keys: (all pages, K, S, C), of which those of `page` and `kv_head` from `begin` on are taken.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        query, page, begin, scores, place = (
-            context.make_array(kind)(context, builder, value) if isinstance(kind, types.Array) else value
-            for kind, value in zip(signature.args, arguments, strict=True)
+        projected, row, head, keys, page, kv_head, begin, scores, place = arrays_of(
+            context, builder, signature, arguments
         )
-        keys = [row_of(builder, page, builder.add(begin, LONG(key))) for key in range(TILE)]
+        places = [item_of(builder, keys, page, kv_head, builder.add(begin, LONG(key))) for key in range(TILE)]
+        parts = builder.udiv(size_of(builder, projected, 2), LONG(TILE))
         zero = ir.Constant(ir.VectorType(FLOAT, TILE), [0.0] * TILE)
-        totals = [cgutils.alloca_once_value(builder, zero) for _ in range(TILE)]
-        parts = builder.udiv(cgutils.unpack_tuple(builder, query.shape)[0], LONG(TILE))
-        with cgutils.for_range(builder, parts, intp=LONG) as loop:
-            start = builder.mul(loop.index, LONG(TILE))
-            part = load(builder, query.data, start, TILE)
-            for key, total in zip(keys, totals, strict=True):
-                product = multiply_add(builder, part, load(builder, key, start, TILE), builder.load(total))
-                builder.store(product, total)
-        sums = sums_of_lanes(builder, [builder.load(total) for total in totals])
-        store(builder, builder.fadd(sums, load(builder, scores.data, place, TILE), flags=FAST), scores.data, place)
+        totals = [cgutils.alloca_once(builder, zero.type) for _ in range(TILE)]
+        with cgutils.for_range(builder, size_of(builder, scores, 0), intp=LONG) as heads:
+            query = item_of(builder, projected, row, builder.add(head, heads.index))
+            for total in totals:
+                builder.store(zero, total)
+            with cgutils.for_range(builder, parts, intp=LONG) as loop:
+                start = builder.mul(loop.index, LONG(TILE))
+                part = load(builder, query, start, TILE)
+                for key, total in zip(places, totals, strict=True):
+                    product = multiply_add(builder, part, load(builder, key, start, TILE), builder.load(total))
+                    builder.store(product, total)
+            sums = sums_of_lanes(builder, [builder.load(total) for total in totals])
+            before = item_of(builder, scores, heads.index)
+            store(builder, builder.fadd(sums, load(builder, before, place, TILE), flags=FAST), before, place)
         return context.get_dummy_value()
 
-    return types.void(query, page, types.int64, scores, types.int64), generate
+    whole = types.int64
+    return types.void(projected, whole, whole, keys, whole, whole, whole, scores, whole), generate
 
 
 @intrinsic
-def fetch_rows(typing: Any, page: Any, begin: Any) -> Any:  # noqa: ARG001
-    """Begin to read TILE rows of a page (S, C) from `begin` on; what lies behind the page does no harm."""
+def fetch_rows(typing: Any, pages: Any, page: Any, kv_head: Any, begin: Any) -> Any:  # noqa: ARG001
+    """Begin to read TILE keys or values (all pages, K, S, C) from `begin` on; what lies behind them does no harm."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        page = context.make_array(signature.args[0])(context, builder, arguments[0])
-        rows = row_of(builder, page, arguments[1])
-        width = cgutils.unpack_tuple(builder, page.shape)[1]
-        lines = builder.udiv(builder.mul(width, LONG(TILE)), LONG(TILE))
-        with cgutils.for_range(builder, lines, intp=LONG) as loop:
+        pages, page, kv_head, begin = arrays_of(context, builder, signature, arguments)
+        rows = item_of(builder, pages, page, kv_head, begin)
+        with cgutils.for_range(builder, size_of(builder, pages, 3), intp=LONG) as loop:
             fetch(builder, rows, builder.mul(loop.index, LONG(TILE)), TILE, LONG(0))
         return context.get_dummy_value()
 
-    return types.void(page, types.int64), generate
+    return types.void(pages, types.int64, types.int64, types.int64), generate
 
 
 @intrinsic
-def add_values(typing: Any, shares: Any, place: Any, page: Any, begin: Any, end: Any, mixed: Any) -> Any:  # noqa: ARG001
-    """Add to mixed (C,) the values of a page (S, C) from `begin` to `end`, times shares (T,) from `place` on.
+def add_values(
+    typing: Any,  # noqa: ARG001
+    shares: Any,
+    place: Any,  # noqa: ARG001
+    values: Any,
+    page: Any,  # noqa: ARG001
+    kv_head: Any,  # noqa: ARG001
+    begin: Any,  # noqa: ARG001
+    end: Any,  # noqa: ARG001
+    mixed: Any,
+    row: Any,  # noqa: ARG001
+    head: Any,  # noqa: ARG001
+) -> Any:
+    """Add to what G heads have mixed the values from `begin` to `end`, times shares (G, T) from `place` on.
 
     What is behind the last multiple of TILE of C is left out.
+
+    Args:
+        values: (all pages, K, S, C), of which those of `page` and `kv_head` are taken.
+        mixed: (N, H, C), of which `row` has these heads from `head` on.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        shares, place, page, begin, end, mixed = (
-            context.make_array(kind)(context, builder, value) if isinstance(kind, types.Array) else value
-            for kind, value in zip(signature.args, arguments, strict=True)
+        shares, place, values, page, kv_head, begin, end, mixed, row, head = arrays_of(
+            context, builder, signature, arguments
         )
-        width = cgutils.unpack_tuple(builder, mixed.shape)[0]
-        first = row_of(builder, page, begin)
-        share = builder.gep(shares.data, [place])
-        done: Any = LONG(0)
-        for lanes in (GROUP, TILE):  # many first: each vector's sum waits for its own last one
-            parts = builder.udiv(builder.sub(width, done), LONG(lanes))
-            with cgutils.for_range(builder, parts, intp=LONG) as part:
-                start = builder.add(done, builder.mul(part.index, LONG(lanes)))
-                total = cgutils.alloca_once_value(builder, load(builder, mixed.data, start, lanes))
-                with cgutils.for_range(builder, builder.sub(end, begin), intp=LONG) as loop:
-                    value = load(builder, first, builder.add(builder.mul(loop.index, width), start), lanes)
-                    factor = splat(builder, builder.load(builder.gep(share, [loop.index])), lanes)
-                    builder.store(multiply_add(builder, factor, value, builder.load(total)), total)
-                store(builder, builder.load(total), mixed.data, start)
-            done = builder.add(done, builder.mul(parts, LONG(lanes)))
+        width, count = size_of(builder, mixed, 2), builder.sub(end, begin)
+        first = item_of(builder, values, page, kv_head, begin)
+        with cgutils.for_range(builder, size_of(builder, shares, 0), intp=LONG) as heads:
+            share = item_of(builder, shares, heads.index, place)
+            own = item_of(builder, mixed, row, builder.add(head, heads.index))
+            done: Any = LONG(0)
+            for lanes in (GROUP, TILE):  # many first: each vector's sum waits for its own last one
+                parts = builder.udiv(builder.sub(width, done), LONG(lanes))
+                with cgutils.for_range(builder, parts, intp=LONG) as part:
+                    start = builder.add(done, builder.mul(part.index, LONG(lanes)))
+                    total = cgutils.alloca_once(builder, ir.VectorType(FLOAT, lanes))
+                    builder.store(load(builder, own, start, lanes), total)
+                    with cgutils.for_range(builder, count, intp=LONG) as loop:
+                        value = load(builder, first, builder.add(builder.mul(loop.index, width), start), lanes)
+                        factor = splat(builder, builder.load(builder.gep(share, [loop.index])), lanes)
+                        builder.store(multiply_add(builder, factor, value, builder.load(total)), total)
+                    store(builder, builder.load(total), own, start)
+                done = builder.add(done, builder.mul(parts, LONG(lanes)))
         return context.get_dummy_value()
 
-    signature = types.void(shares, types.int64, page, types.int64, types.int64, mixed)
-    return signature, generate
+    whole = types.int64
+    return types.void(shares, whole, values, whole, whole, whole, whole, mixed, whole, whole), generate

@@ -14,7 +14,7 @@ from numba import njit
 
 from sheepop.generation import batch_kernels, decode_kernels
 from sheepop.generation.batch_kernels import TILE
-from sheepop.generation.decode_kernels import attend
+from sheepop.generation.decode_kernels import ACTIVATION, activate, attend
 from sheepop.generation.fast_decoding import KernelLinear, numba_threads
 from sheepop.generation.vector_exp import exp_fp32
 
@@ -56,7 +56,10 @@ def test_tiles_give_the_products_of_one_row_at_a_time(
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("shape", [(1, 3, 128), (2, TILE, 128), (5, 7, 128)])
-def test_a_layer_by_the_kernels_computes_what_the_layer_computes(quantization, shape: tuple[int, ...]) -> None:
+def test_a_layer_by_the_kernels_computes_what_the_layer_computes(
+    quantization, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sheepop.generation.fast_decoding.HAS_INTEGERS", False)
     layer = QuantizedLinear(shape[-1], 37, bias=True, quantization=quantization)
     layer.fill(torch.randn(37, shape[-1]), torch.randn(37))
     hidden = torch.randn(shape)
@@ -107,3 +110,14 @@ def test_the_exponential_is_right_to_its_last_bits_and_keeps_what_is_no_number()
     assert 0 <= lowest < 1e-37
     assert highest > 1e38
     assert math.isnan(none)
+
+
+def test_gelu_is_right_for_all_numbers() -> None:
+    numbers = np.linspace(-12, 12, 24_000, dtype=np.float32)[None]
+    found = np.empty_like(numbers)
+    activate(numbers, ACTIVATION["gelu"], False, found)
+    wanted = torch.nn.functional.gelu(torch.from_numpy(numbers).double()).numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=4e-7)
+    activate(np.array([[np.nan, np.inf]], dtype=np.float32), ACTIVATION["gelu"], False, found[:, :2])
+    assert math.isnan(found[0, 0])
+    assert found[0, 1] == np.inf

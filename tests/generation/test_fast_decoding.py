@@ -1,6 +1,7 @@
 import copy
 import subprocess
 import sys
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -17,6 +18,7 @@ from sheepop.utils.errors import CheckpointError
 
 pytest.importorskip("numba")
 from sheepop.generation.fast_decoding import FastDecoder
+from sheepop.generation.vector_integers import HAS_INTEGERS
 
 FAMILIES: dict[str, dict[str, object]] = {
     "classic": {},
@@ -48,23 +50,26 @@ def tiny(**changes: object) -> TransformerModel:
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_compute_what_the_model_computes(
-    family: str, quantization: Literal["none", "int8", "int4"], num_rows: int
+    family: str, quantization: Literal["none", "int8", "int4"], num_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(**FAMILIES[family])
     if quantization != "none":
         model = quantize(model, quantization)
-    decoder = FastDecoder(model)
-    token_ids = torch.randint(0, 31, (num_rows, 17))
-    slow, fast = (KVCache(model.config, num_rows, capacity=18) for _ in range(2))
-    with torch.inference_mode():
-        read = model(token_ids[:, :6], cache=slow, last_only=True)
-        torch.testing.assert_close(decoder(token_ids[:, :6], fast), read, rtol=1e-4, atol=2e-5)
-        for at in range(6, 17):
-            newest = token_ids[:, at : at + 1]
-            torch.testing.assert_close(decoder(newest, fast), model(newest, cache=slow), rtol=1e-4, atol=2e-5)
-    for kept in ("keys", "values"):
-        found, wanted = (torch.stack(getattr(cache, kept))[..., :17, :] for cache in (fast, slow))
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
+    rounds_inputs = HAS_INTEGERS and quantization != "none"
+    for has_integers, tolerance in [(False, 2e-5), *([(True, 2e-3)] if rounds_inputs else [])]:
+        monkeypatch.setattr("sheepop.generation.fast_decoding.HAS_INTEGERS", has_integers)
+        decoder = FastDecoder(model)
+        token_ids = torch.randint(0, 31, (num_rows, 17))
+        slow, fast = (KVCache(model.config, num_rows, capacity=18) for _ in range(2))
+        close = partial(torch.testing.assert_close, rtol=1e-4, atol=tolerance)
+        with torch.inference_mode():
+            close(decoder(token_ids[:, :6], fast), model(token_ids[:, :6], cache=slow, last_only=True))
+            for at in range(6, 17):
+                newest = token_ids[:, at : at + 1]
+                close(decoder(newest, fast), model(newest, cache=slow))
+        for kept in ("keys", "values"):
+            found, wanted = (torch.stack(getattr(cache, kept))[..., :17, :] for cache in (fast, slow))
+            close(found, wanted)
 
 
 @pytest.mark.parametrize("family", ["modern", "sinks"])

@@ -1,5 +1,6 @@
 import random
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from sheepop.config import ModelConfig
 from sheepop.generation.runner import Chunk, KernelRunner, ModelRunner, Runner, groups_of_similar_length
 from sheepop.models.paged_cache import CachedSequence, PagedCache
+from sheepop.models.quantization import quantize
 from sheepop.models.transformer import TransformerModel
 
 FAMILIES: dict[str, dict[str, object]] = {
@@ -69,6 +71,40 @@ def test_chunks_of_many_texts_give_the_logits_of_each_text_alone(
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
         for chunk in chunks:
             cache.advance(chunk.sequence, chunk.token_ids)
+
+
+@pytest.mark.parametrize("has_integers", [False, True])
+def test_texts_of_quantized_models_do_not_depend_on_how_they_are_read(
+    has_integers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("numba")
+    from sheepop.generation.vector_integers import HAS_INTEGERS
+
+    if has_integers and not HAS_INTEGERS:
+        pytest.skip("the processor has no products of bytes")
+    monkeypatch.setattr("sheepop.generation.fast_decoding.HAS_INTEGERS", has_integers)
+    model = quantize(tiny(d_model=64, d_ff=128, max_seq_len=100), "int8")
+    text = [random.Random(5).randrange(31) for _ in range(90)]
+    readings = []
+    for run, lengths in [
+        (kernels(model), [90]),
+        (kernels(model), [1] * 4 + [40, 20, 1, 25]),
+        (ModelRunner(model), [50, 40]),
+    ]:
+        cache, sequence, other = PagedCache(model.config, 40, 5), CachedSequence(), CachedSequence()
+        logits = []
+        for length in lengths:
+            chunk = Chunk(sequence, text[sequence.length :][:length], all_logits=True)
+            assert cache.reserve(sequence, length)
+            assert cache.reserve(other, 1)
+            logits.append(run([Chunk(other, [3]), chunk], cache)[1])
+            cache.advance(sequence, chunk.token_ids)
+        readings.append(torch.cat(logits))
+    at_once, in_chunks, by_model = readings
+    assert not has_integers or at_once.equal(in_chunks)
+    close = partial(torch.testing.assert_close, rtol=1e-4)
+    close(in_chunks, at_once, atol=1e-4)
+    close(at_once, by_model, atol=5e-3 if has_integers else 1e-4)
 
 
 def test_what_a_page_held_before_does_not_matter() -> None:

@@ -34,6 +34,10 @@ ConfigFile = Annotated[Path | None, typer.Option(help="JSON file with settings")
 Preset = Annotated[str | None, typer.Option(help="named settings: classic, modern, gpt2, nano")]
 MINUTES = "be done in this time, start and end included; without --config and --preset also choose all else for it"
 Bits = Literal["int8", "int4"]
+Compiles = Annotated[
+    bool,
+    typer.Option("--compile", help="compile the whole step of a token first, which takes half a minute and is kept"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON value to standard output")]
 
 
@@ -340,6 +344,7 @@ def generate(
     optimized: Annotated[
         bool, typer.Option("--optimized/--no-optimized", help="with a cache of keys and values, or the naive way")
     ] = True,
+    compiles: Compiles = False,
     quantize: Annotated[
         Bits | None, typer.Option(help="round the weights to fewer bits first: less memory, and faster on a CPU")
     ] = None,
@@ -366,14 +371,21 @@ def generate(
     from sheepop.generation.terminal import check_combination, generate_from_file, generate_text, read_grammar
 
     if benchmark:
-        compare_generation(checkpoint, output or Path("generation_benchmark"), max_new_tokens, quantize, device)
+        folder = output or Path("generation_benchmark")
+        compare_generation(checkpoint, folder, max_new_tokens, quantize, device, compiles=compiles)
         return
     settings = SamplingSettings(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
     followed = read_grammar(json_schema, regex, grammar)
     check_combination(
-        prompt=prompt, prompts=prompts, output=output, optimized=optimized, speculate=speculate, grammar=followed
+        prompt=prompt,
+        prompts=prompts,
+        output=output,
+        optimized=optimized,
+        speculate=speculate,
+        grammar=followed,
+        compiles=compiles,
     )
     common: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -389,11 +401,17 @@ def generate(
     if prompts is not None and output is not None:
         generate_from_file(checkpoint, prompts, output, settings, batch_size=batch_size, **common)
     else:
-        generate_text(checkpoint, prompt or "", settings, optimized=optimized, **common)
+        generate_text(checkpoint, prompt or "", settings, optimized=optimized, compiles=compiles, **common)
 
 
 def compare_generation(
-    checkpoint: Path, output: Path, max_new_tokens: int, quantize: Bits | None, device: str | None
+    checkpoint: Path,
+    output: Path,
+    max_new_tokens: int,
+    quantize: Bits | None,
+    device: str | None,
+    *,
+    compiles: bool,
 ) -> None:
     """Print the table of `generate --benchmark`, and write it and its pictures to a folder."""
     from sheepop.evaluation.generation_plots import write_generation_plots
@@ -402,7 +420,7 @@ def compare_generation(
     from sheepop.utils.files import write_atomic
 
     model, _ = load_model_and_tokenizer(checkpoint, device or "auto", quantize)
-    measurements = compare_ways(model, new_tokens=max_new_tokens)
+    measurements = compare_ways(model, new_tokens=max_new_tokens, compiles=compiles)
     table = format_measurements(measurements)
     paths = write_generation_plots(measurements, output)
     write_atomic(output / "table.txt", table + "\n")
@@ -417,6 +435,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
     top_p: Annotated[float, typer.Option(help="choose among tokens that hold this share of probability")] = 0.95,
     seed: Annotated[int, typer.Option(help="same seed, same text")] = 42,
+    compiles: Compiles = False,
     device: Device = None,
 ) -> None:
     """Write a text together with a model, line by line."""
@@ -429,6 +448,7 @@ def chat(
         max_new_tokens=max_new_tokens,
         seed=seed,
         device=device or "auto",
+        compiles=compiles,
     )
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from sheepop.generation.engine import decoder_for, generate_cached
+from sheepop.generation.engine import decode_for, decoder_for, generate_cached
 from sheepop.generation.generate import Continuation, generate_naive
 from sheepop.generation.sampling import SamplingSettings
 from sheepop.models.transformer import TransformerModel
@@ -23,7 +23,7 @@ class Measurement:
 
     Attributes:
         prompt_tokens: how many.
-        way: `naive` or `optimized`.
+        way: `naive`, `optimized` or `compiled`.
         time_to_first_token_seconds: from the request to the first token.
         tokens_per_second: of the tokens after the first.
         memory_bytes: the most that it took beside the model.
@@ -38,8 +38,10 @@ class Measurement:
     same_tokens: bool
 
 
-def compare_ways(model: TransformerModel, *, new_tokens: int) -> list[Measurement]:
-    """Write `new_tokens` after prompts of several lengths that the context holds, by both ways, and measure each.
+def compare_ways(model: TransformerModel, *, new_tokens: int, compiles: bool = False) -> list[Measurement]:
+    """Write `new_tokens` after prompts of several lengths that the context holds, by all ways, and measure each.
+
+    With `compiles` a compiled step is one of them.
 
     The prompts are drawn at random, with a fixed seed; the texts are greedy.
     """
@@ -50,6 +52,8 @@ def compare_ways(model: TransformerModel, *, new_tokens: int) -> list[Measuremen
         "naive": generate_naive,
         "optimized": partial(generate_cached, decode=decode),
     }
+    if compiles:
+        ways["compiled"] = partial(generate_cached, decode=decode_for(model, compiles=True))
     draws = torch.Generator().manual_seed(0)
     measurements: list[Measurement] = []
     for length in prompt_lengths(context - new_tokens):

@@ -27,6 +27,7 @@ from sheepop.models.transformer import TransformerModel, inference
 from sheepop.utils.logging import log
 
 if TYPE_CHECKING:
+    from sheepop.generation.compiled_decoding import CompiledDecoder
     from sheepop.generation.fast_decoding import FastDecoder
 
 
@@ -41,6 +42,7 @@ class Decode(Protocol):
 # Below this many parameters one token's matrix products are so short that handing them to a second core costs more
 # than it saves (`docs/log.md`).
 LITTLE_WORK = 4_000_000
+CAPACITY_STEP = 256  # a compiled step is for one capacity, so that few of them shall serve all texts
 NOTICEABLE_SECONDS = 3.0  # compiled kernels are loaded in less
 
 
@@ -73,7 +75,7 @@ def generate_cached(
     cache = KVCache(
         model.config,
         num_samples,
-        capacity=min(longest, max_seq_len),
+        capacity=min(-(-longest // CAPACITY_STEP) * CAPACITY_STEP, max_seq_len),
         device=device,
         dtype=model.dtype,
     )
@@ -130,8 +132,21 @@ def one_core_for_little(work: int, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def decode_for(model: TransformerModel, *, compiles: bool) -> "CompiledDecoder | FastDecoder | None":
+    """Return what decodes in the model's place: with `compiles` its whole step compiled, else kernels (`decoder_for`).
+
+    Raises:
+        ConfigError: there is no compiler.
+    """
+    if not compiles:
+        return decoder_for(model)
+    from sheepop.generation.compiled_decoding import CompiledDecoder
+
+    return CompiledDecoder(model)
+
+
 def decoder_for(model: TransformerModel) -> "FastDecoder | None":
-    """Return the compiled decoder of a model, or None where the model decodes by itself.
+    """Return the decoder of a model by kernels, or None where the model decodes by itself.
 
     The kernels compute in fp32 on a CPU, and need numba, whose loading a small model does not repay; attention that was
     asked to be the reference stays that. When they are compiled for the first time on a machine, that is said.

@@ -9,7 +9,7 @@ from pathlib import Path
 from sheepop.data.tokenizer import Tokenizer, load_model_tokenizer
 from sheepop.generation.completion import Generation, complete
 from sheepop.generation.draft_model import DraftModel
-from sheepop.generation.engine import decoder_for
+from sheepop.generation.engine import decode_for
 from sheepop.generation.file_completion import complete_file
 from sheepop.generation.grammar import Grammar, GrammarKind, constraint_of
 from sheepop.generation.prompt_file import PromptOptions, read_prompts
@@ -33,6 +33,7 @@ def check_combination(
     optimized: bool,
     speculate: str | None,
     grammar: Grammar | None,
+    compiles: bool,
 ) -> None:
     """Check options of `generate` that do not all go together.
 
@@ -43,6 +44,11 @@ def check_combination(
         raise ConfigError("--speculate guesses for the generation with a cache; leave out --no-optimized.")
     if grammar is not None and not optimized:
         raise ConfigError("A grammar needs the generation with a cache; leave out --no-optimized.")
+    if compiles and (prompts is not None or speculate is not None or grammar is not None or not optimized):
+        raise ConfigError(
+            "--compile is for the steps of a single prompt's texts; it does not go with --prompts, --speculate, a "
+            "grammar or --no-optimized."
+        )
     if (prompts is None) != (output is None):
         raise ConfigError(
             "--prompts FILE and --output FILE go together: the prompts, and the file that the completions are written "
@@ -86,6 +92,7 @@ def generate_text(
     num_samples: int,
     stop: Sequence[str],
     optimized: bool,
+    compiles: bool,
     quantization: Quantization | None,
     speculate: str | None,
     grammar: Grammar | None,
@@ -113,7 +120,7 @@ def generate_text(
         num_samples=num_samples,
         stop=stop,
         optimized=optimized,
-        decode=decoder_for(model) if optimized and speculate is None and constrain is None else None,
+        decode=decode_for(model, compiles=compiles) if optimized and speculate is None and constrain is None else None,
         speculator=load_speculator(speculate, model, tokenizer, max_batch_size=max(num_samples, 1)),
         constrain=constrain,
         on_text=_show if streams else None,
@@ -193,7 +200,9 @@ def load_speculator(
     return DraftModel(draft, model.config, max_batch_size=max_batch_size)
 
 
-def chat(checkpoint: Path, settings: SamplingSettings, *, max_new_tokens: int, seed: int, device: str) -> None:
+def chat(
+    checkpoint: Path, settings: SamplingSettings, *, max_new_tokens: int, seed: int, device: str, compiles: bool
+) -> None:
     """Take turns with a model: each line typed is added to the text, and the model continues all of it.
 
     The models trained here continue text; they were not taught to answer. An empty line ends the chat.
@@ -201,7 +210,7 @@ def chat(checkpoint: Path, settings: SamplingSettings, *, max_new_tokens: int, s
     settings.validate()
     model, tokenizer = load_model_and_tokenizer(checkpoint, device)
     log("The model continues what you write. An empty line ends.")
-    decode = decoder_for(model)
+    decode = decode_for(model, compiles=compiles)
     text = ""
     for turn, line in enumerate(_lines()):
         text += line + "\n"

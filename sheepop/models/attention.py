@@ -45,6 +45,15 @@ def visible(
     return mask
 
 
+def visible_places(queries: Tensor, keys: Tensor, *, window: int, sinks: int) -> Tensor:
+    """Say which of `keys`, places in a text, those at `queries` see; the two are broadcast together (`visible`)."""
+    seen = keys <= queries
+    if not window:
+        return seen
+    in_sight = keys > queries - window
+    return seen & (in_sight | (keys < sinks) if sinks else in_sight)
+
+
 def attention(
     query: Tensor,
     key: Tensor,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sheepop.models.attention import visible_places
 from sheepop.models.paged_cache import CachedSequence, PagedCache
 from sheepop.models.sizing import CONVOLUTIONS
 
@@ -65,11 +66,7 @@ class PagedRows:
         keys = torch.arange(self._begin - self._sunk, self._end, device=self._cache.device)  # (S,)
         if sinks:
             keys[: self._sunk] -= self._begin - self._sunk  # where the sinks' pages stand
-        seen: Tensor = keys <= queries
-        if window:
-            in_sight = keys > queries - window
-            seen &= in_sight | (keys < sinks) if sinks else in_sight
-        return seen
+        return visible_places(queries, keys, window=window, sinks=sinks)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values (B, K, T, C) of the tokens; return those of all tokens in sight, (B, K, S, C)."""

@@ -4,14 +4,6 @@ Decided once, before the first step, and written into the run's settings as `on`
 places, so that a resumed run must go the way it began.
 """
 
-import importlib.util
-import os
-import shutil
-import sysconfig
-from pathlib import Path
-
-import torch
-
 from sheepop.config import Config
 from sheepop.models.sizing import training_flops_per_token
 from sheepop.training.batches import batch_loader
@@ -19,6 +11,7 @@ from sheepop.training.distributed import on_main
 from sheepop.training.length import measure_seconds_per_step, total_steps_without_clock
 from sheepop.training.state import Run
 from sheepop.training.step import train_step
+from sheepop.utils.compiled_code import keep_compiled_code, missing_compiler
 from sheepop.utils.errors import ConfigError
 from sheepop.utils.logging import log
 
@@ -55,26 +48,6 @@ def decide_compiling(run: Run) -> None:
 def with_compiling(config: Config, decision: str) -> Config:
     """Return the settings with `training.compile` settled."""
     return config.model_copy(update={"training": config.training.model_copy(update={"compile": decision})})
-
-
-def missing_compiler(device: torch.device) -> str | None:
-    """Say what compiling for `device` lacks, or None."""
-    if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton, which compiles for GPUs, is not installed"
-    elif device.type != "cpu":
-        return f"PyTorch does not compile well for {device.type}"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
-        return "there is no C++ compiler (g++ or clang++)"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        return "Python's header files, which compiled code needs, are not there (package python3-dev)"
-    return None
-
-
-def keep_compiled_code() -> None:
-    """Keep what is compiled for later runs, in the user's cache folder; `TORCHINDUCTOR_CACHE_DIR` names another."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "sheepop" / "inductor"))
 
 
 def pays(run: Run) -> bool:

@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import load_file
 
 from sheepop.training import compiling
-from sheepop.training.compiling import decide_compiling, missing_compiler
+from sheepop.training.compiling import decide_compiling
 from sheepop.training.step import MicroBatch, micro_batch_loss
+from sheepop.utils.compiled_code import missing_compiler
 from sheepop.utils.errors import ConfigError
 
 needs_compiler = pytest.mark.skipif(

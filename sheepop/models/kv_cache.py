@@ -64,10 +64,11 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)  # (B, K, T, C)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        # Zeros, because a compiled step multiplies also what its mask hides, by 0, and memory may hold no number.
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.inputs = [  # of short convolutions
-            torch.empty((batch_size, CONVOLUTIONS, capacity, config.d_model), device=device, dtype=dtype)
+            torch.zeros((batch_size, CONVOLUTIONS, capacity, config.d_model), device=device, dtype=dtype)
             for _ in range(config.num_layers if config.conv_width > 1 else 0)
         ]
         self.recent_tokens = torch.full((batch_size, config.ngram_order - 1), -1, device=device)

@@ -34,6 +34,21 @@ FEW_ROWS = 8  # up to so many a tile, which is half empty then, takes longer tha
 NONE: Floats = np.empty(0, dtype=np.float32)
 
 
+@contextmanager
+def numba_threads() -> Iterator[None]:
+    """Let the kernels use as many threads as PyTorch does, and PyTorch as many as before afterwards.
+
+    Both have them of OpenMP, whose number numba sets to that of the cores when it begins.
+    """
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
 class FastDecoder:
     """A model with its weights laid out for the kernels, which read them where they are."""
 
@@ -57,6 +72,7 @@ class FastDecoder:
         cache.advance(token_ids)
         return logits[:, None]
 
+    @numba_threads()
     def step(
         self,
         hidden: Tensor,
@@ -77,19 +93,6 @@ class FastDecoder:
             inputs: of each layer (all pages, sites, page size, D), what short convolutions read; empty without them.
             wanted: the tokens whose logits are returned; all by default.
         """
-        with numba_threads():
-            return self._step(hidden, positions, pages, keys, values, inputs, wanted)
-
-    def _step(
-        self,
-        hidden: Tensor,
-        positions: Integers,
-        pages: Integers,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        wanted: Sequence[int] | None,
-    ) -> Tensor:
         config, rows = self.config, len(hidden)
         stream = hidden.contiguous().numpy()  # (N, D)
         normed = aligned(rows, config.d_model)
@@ -124,21 +127,6 @@ class FastDecoder:
         logits = aligned(len(normed), config.vocab_size)
         self.head(normed, logits, False)
         return torch.from_numpy(logits)
-
-
-@contextmanager
-def numba_threads() -> Iterator[None]:
-    """Let the kernels use as many threads as PyTorch does, and PyTorch as many as before afterwards.
-
-    Both have them of OpenMP, whose number numba sets to that of the cores when it begins.
-    """
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    try:
-        yield
-    finally:
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
 
 
 class Layer:

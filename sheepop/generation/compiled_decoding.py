@@ -38,8 +38,8 @@ class CompiledDecoder:
 
     def __call__(self, token_ids: Tensor, cache: KVCache) -> Tensor:
         """Return what `model(token_ids, cache=cache, last_only=True)` returns: (B, T) to (B, 1, V)."""
-        rows, time_ = token_ids.shape
-        if time_ > 1:
+        rows, num_tokens = token_ids.shape
+        if num_tokens > 1:
             return self.model(token_ids, cache=cache, last_only=True)  # type: ignore[no-any-return]
         if cache is not self._cache:
             self._cache = cache

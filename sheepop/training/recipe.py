@@ -33,7 +33,7 @@ SHAPES = (
 )  # fmt: skip
 VOCABULARIES = (512, 1024, 2048, 4096, 8192)  # of byte-level BPE
 # Embeddings of the last tokens together cut the time to a loss by three for characters and runs of seconds, and short
-# convolutions lower the loss of any run by 2 to 3 %, but no stock class of `transformers` has them, and what the dial
+# convolutions lowered that of short runs by 2 to 3 %, but no stock class of `transformers` has them, and what the dial
 # trains shall export. 4 would switch on the one, `--model.conv_width 4` the other.
 NGRAM_ORDER = 1
 TOKENS_PER_ENTRY = 100  # a vocabulary's entries are learned from their occurrences

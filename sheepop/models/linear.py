@@ -1,12 +1,11 @@
 """The linear layer, through the faster of the two matrix libraries that PyTorch carries for the CPU.
 
-PyTorch sends fp32 products to MKL, which holds back on processors that its maker did not build: on an AMD EPYC the
-oneDNN library beside it takes up to a third less time for the same product, on an Intel Xeon up to a half more
-(`benchmarks/linear.py`).
+PyTorch sends fp32 products to MKL, which holds back on processors that its maker did not build. For the same product
+the oneDNN library beside it takes up to a third less time on an AMD EPYC with AVX2 and less than half on one with whole
+AVX-512 units (Zen 5), but up to a half more on an Intel Xeon (`benchmarks/linear.py`).
 """
 
 import platform
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # oneDNN's calls cost some 20 microseconds more, which pays from about these sizes on (`benchmarks/linear.py`).
-LEAST_PRODUCTS = 2**23  # multiplications of the forward pass
-LEAST_WEIGHTS = 2**18  # entries of the weight, for the gradient that has its shape
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+LEAST_PRODUCTS = 2**22 if HAS_AVX512 else 2**23  # multiplications of the forward pass
+LEAST_WEIGHTS = 2**14 if HAS_AVX512 else 2**18  # entries of the weight, for the gradient that has its shape
 
 
 class Linear(nn.Linear):
@@ -38,11 +38,10 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def prefers_onednn(hidden: Tensor, weight: Tensor) -> bool:
-    """Say whether oneDNN is faster: fp32 on a CPU that is not Intel's, a large product, no autocast, eager."""
+    """Say whether oneDNN is faster: fp32 on a CPU that is not Intel's, a large product, no autocast."""
     return (
-        not torch.compiler.is_compiling()
-        and hidden.device.type == "cpu"
-        and not is_intel()
+        hidden.device.type == "cpu"
+        and not IS_INTEL
         and hidden.dtype == weight.dtype == torch.float32
         and (hidden.numel() // hidden.shape[-1]) * weight.numel() >= LEAST_PRODUCTS
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -50,13 +49,15 @@ def prefers_onednn(hidden: Tensor, weight: Tensor) -> bool:
     )
 
 
-@cache
 def is_intel() -> bool:
     """Say whether Intel built this processor."""
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
         return "Intel" in platform.processor()
+
+
+IS_INTEL = is_intel()
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
@@ -78,7 +79,21 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -
 
 def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return left (..., I) times the transpose of right (O, I), plus a bias (O,)."""
+    if torch.compiler.is_compiling():
+        return opaque_product(left, right, bias)  # type: ignore[no-any-return]
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("sheepop::opaque_product", mutates_args=())
+def opaque_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """The same for compiled code: PyTorch's compiler takes oneDNN's operator only with weights that never change."""
+    return onednn_product(left, right, bias)
+
+
+@opaque_product.register_fake
+def shape_of_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+    """Return what has the product's shape and type, for the compiler."""
+    return left.new_empty(*left.shape[:-1], right.shape[0])
 
 
 class OneDNNLinear(torch.autograd.Function):

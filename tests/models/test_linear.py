@@ -13,7 +13,11 @@ from sheepop.models.linear import (
     prefers_onednn,
     product,
 )
+from sheepop.utils.compiled_code import missing_compiler
 
+needs_compiler = pytest.mark.skipif(
+    missing_compiler(torch.device("cpu")) is not None, reason="needs a C++ compiler and Python's header files"
+)
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs PyTorch with oneDNN")
 
 
@@ -26,7 +30,8 @@ def tensors(rows, inputs, outputs, bias):
 @needs_onednn
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("inputs", "outputs"), [(24, 36), (480, 640)], ids=["small", "large"])
-def test_onednn_gives_the_stock_layers_values_and_gradients(inputs, outputs, bias):
+def test_onednn_gives_the_stock_layers_values_and_gradients(inputs, outputs, bias, monkeypatch):
+    monkeypatch.setattr("sheepop.models.linear.LEAST_WEIGHTS", 2**18)
     arguments = tensors((3, 50), inputs, outputs, bias)
     ours = OneDNNLinear.apply(*arguments, *([] if bias else [None]))
     stock = F.linear(*arguments)
@@ -35,12 +40,34 @@ def test_onednn_gives_the_stock_layers_values_and_gradients(inputs, outputs, bia
     expected = torch.autograd.grad((stock * weights).sum(), arguments)
     for gradient, same in zip(torch.autograd.grad((ours * weights).sum(), arguments), expected, strict=True):
         torch.testing.assert_close(gradient, same, rtol=1e-4, atol=2e-3)
-    assert (outputs * inputs >= LEAST_WEIGHTS) == (inputs == 480)  # both kinds of weight gradient were seen
+    assert (outputs * inputs >= 2**18) == (inputs == 480)  # both kinds of weight gradient were seen
+
+
+@needs_onednn
+@needs_compiler
+@pytest.mark.parametrize("bias", [False, True])
+def test_compiled_code_goes_to_onednn_too(bias, monkeypatch):
+    monkeypatch.setattr("sheepop.models.linear.IS_INTEL", False)
+    arguments = tensors((30, 50), 128, 256, bias)
+
+    def activated(*arguments):
+        return linear(*arguments).relu() * 2
+
+    torch.compile(activated)(*arguments)
+    with torch.profiler.profile() as profile:
+        compiled = torch.compile(activated)(*arguments)
+        gradients = torch.autograd.grad(compiled.square().sum(), arguments)
+    products = sum(event.name == "sheepop::opaque_product" for event in profile.events())
+    assert products == 1 + 1 + (LEAST_WEIGHTS <= 256 * 128)
+    expected = F.linear(*arguments).relu() * 2
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
+    for gradient, same in zip(gradients, torch.autograd.grad(expected.square().sum(), arguments), strict=True):
+        torch.testing.assert_close(gradient, same, rtol=1e-3, atol=1e-2)
 
 
 @needs_onednn
 def test_only_large_fp32_products_on_a_cpu_of_another_maker_than_intel_go_to_onednn(monkeypatch):
-    monkeypatch.setattr("sheepop.models.linear.is_intel", lambda: False)
+    monkeypatch.setattr("sheepop.models.linear.IS_INTEL", False)
     weight = torch.empty(256, 128)
     rows = LEAST_PRODUCTS // weight.numel()
     assert prefers_onednn(torch.empty(rows, 128), weight)
@@ -50,14 +77,14 @@ def test_only_large_fp32_products_on_a_cpu_of_another_maker_than_intel_go_to_one
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not prefers_onednn(torch.empty(rows, 128), weight)
         assert linear(torch.zeros(rows, 128), weight).dtype == torch.bfloat16
-    monkeypatch.setattr("sheepop.models.linear.is_intel", lambda: True)
+    monkeypatch.setattr("sheepop.models.linear.IS_INTEL", True)
     assert not prefers_onednn(torch.empty(rows, 128), weight)
 
 
 @needs_onednn
 @pytest.mark.parametrize("intel", [False, True])
 def test_products_without_a_gradient_are_the_same_by_either_library(intel, monkeypatch):
-    monkeypatch.setattr("sheepop.models.linear.is_intel", lambda: intel)
+    monkeypatch.setattr("sheepop.models.linear.IS_INTEL", intel)
     left, right = torch.randn(300, 256), torch.randn(128, 256)
     assert prefers_onednn(left, right) == (not intel)
     expected = left.double() @ right.double().t()

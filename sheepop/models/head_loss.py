@@ -59,7 +59,8 @@ class HeadLoss(torch.autograd.Function):
         weight_gradient = torch.empty(V, D, device=device) if wants_weight else None
         loss = torch.zeros((), device=device)
         rows = min(len(hidden), rows_at_once(V, device.type))
-        memory = torch.empty(rows, V, device=device) if is_fp32 else None  # for every chunk the same: no page is new
+        # Many logits: the same memory for every chunk. Few are not worth oneDNN's copy into what it is given.
+        memory = torch.empty(rows, V, device=device) if is_fp32 and rows * V > LOGITS_AT_ONCE else None
         for start in range(0, len(hidden), rows):
             inputs, wanted = (
                 hidden[start : start + rows].to(dtype),

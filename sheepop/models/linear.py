@@ -6,6 +6,7 @@ AVX-512 units (Zen 5), but up to a half more on an Intel Xeon (`benchmarks/linea
 """
 
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 # oneDNN's calls cost some 20 microseconds more, which pays from about these sizes on (`benchmarks/linear.py`).
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 LEAST_PRODUCTS = 2**22 if HAS_AVX512 else 2**23  # multiplications of the forward pass
+MOST_AT_ONCE = 2**22  # numbers of a result that is copied
 LEAST_WEIGHTS = 2**14 if HAS_AVX512 else 2**18  # entries of the weight, for the gradient that has its shape
 
 
@@ -62,19 +64,31 @@ IS_INTEL = is_intel()
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """Return left (N, I) times the transpose of right (O, I), without a gradient; in `out` where that saves memory."""
-    if prefers_onednn(left, right):
+    if not prefers_onednn(left, right):
+        return torch.mm(left, right.t(), out=out)
+    if out is None:
         return onednn_product(left, right)
-    return torch.mm(left, right.t(), out=out)
+    for part in parts_of(out.t()):
+        out[:, part] = onednn_product(left, right[part])
+    return out
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
     """Add left (N, I) times the transpose of right (O, I) to `total` (N, O); the first one replaces what was there."""
     if left.dtype == total.dtype and not prefers_onednn(left, right):
         torch.addmm(total, left, right.t(), beta=0.0 if is_first else 1.0, out=total)
-    elif is_first:
-        total.copy_(product(left, right))
-    else:
-        total += product(left, right)
+        return
+    for part in parts_of(total):
+        if is_first:
+            total[part] = product(left[part], right)
+        else:
+            total[part] += product(left[part], right)
+
+
+def parts_of(result: Tensor) -> Iterator[slice]:
+    """Yield slices of the rows of a product, which oneDNN returns in memory of its own, of at most `MOST_AT_ONCE`."""
+    rows = max(1, MOST_AT_ONCE // result.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(result), rows))
 
 
 def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -83,13 +83,18 @@ def test_only_large_fp32_products_on_a_cpu_of_another_maker_than_intel_go_to_one
 
 @needs_onednn
 @pytest.mark.parametrize("intel", [False, True])
-def test_products_without_a_gradient_are_the_same_by_either_library(intel, monkeypatch):
+@pytest.mark.parametrize("most_at_once", [2**22, 5_000, 1])
+def test_products_without_a_gradient_are_the_same_by_either_library(intel, most_at_once, monkeypatch):
+    monkeypatch.setattr("sheepop.models.linear.MOST_AT_ONCE", most_at_once)
     monkeypatch.setattr("sheepop.models.linear.IS_INTEL", intel)
+    monkeypatch.setattr("sheepop.models.linear.LEAST_PRODUCTS", 0)
     left, right = torch.randn(300, 256), torch.randn(128, 256)
     assert prefers_onednn(left, right) == (not intel)
     expected = left.double() @ right.double().t()
     torch.testing.assert_close(product(left, right).double(), expected, rtol=1e-5, atol=1e-4)
     total = torch.full((300, 128), math.nan)
+    assert product(left, right, out=total) is total
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-4)
     add_product(total, left, right, is_first=True)
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-4)
     add_product(total, left, right, is_first=False)

@@ -265,12 +265,13 @@ def bits_of_compressor(text: bytes) -> float:
     return min(8.0, 8 * len(zlib.compress(text, 9)) / max(1, len(text)))
 
 
-# Width, layers and tokens: two of one model for what calls cost, larger ones for speed, each in its width's precision.
+# Width, layers, tokens and vocabulary: two of one model for what calls cost, one with the head of a real vocabulary,
+# which is much of a small model's step, and wider ones, each in its width's precision.
 PROBES = {
-    "cpu": ((64, 2, 256), (64, 2, 2048), (192, 4, 1024), (256, 4, 1024)),
-    "other": ((128, 4, 512), (128, 4, 16384), (512, 4, 16384), (1024, 4, 16384)),
+    "cpu": ((64, 2, 256, 512), (64, 2, 2048, 512), (64, 2, 2048, 4096), (256, 4, 1024, 512)),
+    "other": ((128, 4, 512, 512), (128, 4, 16384, 512), (512, 4, 16384, 512), (1024, 4, 16384, 512)),
 }
-PROBED_VOCABULARY, PROBED_CONTEXT = 512, 128
+PROBED_CONTEXT = 128
 
 
 def measure_machine(device: torch.device, *, seconds: float, num_processes: int = 1) -> MachineFacts:
@@ -287,9 +288,9 @@ def measure_machine(device: torch.device, *, seconds: float, num_processes: int 
     )
 
 
-def probed_settings(width: int, layers: int, tokens: int) -> Config:
+def probed_settings(width: int, layers: int, tokens: int, vocab_size: int) -> Config:
     """Return the settings of the recipe's model of a size, for steps of so many tokens."""
-    facts = TokenizerFacts("bpe", PROBED_VOCABULARY, 2.0, PROBED_VOCABULARY)
+    facts = TokenizerFacts("bpe", vocab_size, 2.0, vocab_size)
     settings = settings_for(facts, (width, layers), tokens=1e6, epoch_tokens=1e6, minutes=1.0, steps=100.0, fixed={})
     sizes = {"model.max_seq_len": PROBED_CONTEXT, "training.batch_size": tokens // PROBED_CONTEXT}
     return load_config(preset="modern", overrides=settings | sizes)

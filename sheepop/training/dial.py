@@ -6,8 +6,9 @@ It is used where a time budget is all that was given: with a file or a preset, m
 import json
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,26 +24,33 @@ from sheepop.training.distributed import World
 from sheepop.training.length import measure_seconds_per_step
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.recipe import (
+    SHORT_MINUTES,
     TOKENS_PER_ENTRY,
     VOCABULARIES,
     Choice,
     TextFacts,
     TokenizerFacts,
-    choose,
+    candidates,
+    finalists,
+    rank,
     settings_for,
+    with_measured_step,
 )
-from sheepop.training.speed import MachineFacts, Probe, fit_machine, tokens_of_step
+from sheepop.training.speed import MachineFacts, Probe, fit_machine, precision_of, tokens_of_step
 from sheepop.training.state import Learner, TrainingState
 from sheepop.training.step import MicroBatch, train_step
-from sheepop.utils.devices import choose_precision
+from sheepop.utils.devices import peak_flops
 from sheepop.utils.errors import CheckpointError, DataError
 from sheepop.utils.files import read_json, write_json
 from sheepop.utils.logging import format_count, log
 from sheepop.utils.memory import available_bytes
 
 EXPECTED_FILE = "expected.json"  # in the run's folder: what the dial chose, and what is to come of it
-MEASURED_SHARE = 0.05  # of the budget, at most, for text and machine each a half
-MEASURED_SECONDS = 10.0
+MEASURED_SHARE = 0.05  # of the budget, at most, for all that is measured
+MEASURED_SECONDS = 10.0  # at most, for text and machine each a half
+FINALIST_SECONDS = 3.0  # at most, for each
+FINALIST_ROUNDS = 2  # one after the other, since another program may be busy for seconds
+FINALIST_STEPS = 2  # at least, of a round, beside the first
 OTHER_SPEED = 0.2  # from so large a difference in the number of steps on, it is said at the end
 SAMPLE_BYTES = 600_000
 SAMPLE_BYTES_A_SECOND = 10_000  # of the budget: short runs cannot pay for a large sample
@@ -50,6 +58,14 @@ PIECE_CHARACTERS = 10_000
 MEASURE_EVERY = 5  # every fifth piece is measured and not trained on
 MOST_FILES = 50  # that the sample is taken from
 MOST_CHARACTERS = 4096  # entries asked of a character tokenizer
+
+
+class Timed(NamedTuple):
+    """A finalist as it was tried, the measured seconds of its step, and what it comes to with them."""
+
+    tried: Choice
+    seconds: float
+    outcome: Choice
 
 
 def is_dial(file: Path | None, preset: str | None, overrides: Mapping[str, object]) -> bool:
@@ -77,18 +93,32 @@ def choose_settings(
     assert asked.training.max_minutes is not None
     budget = 60 * asked.training.max_minutes
     seconds = min(MEASURED_SECONDS, MEASURED_SHARE * budget) / 2
+    looked = time.perf_counter()
     log(f"choosing a run of {asked.training.max_minutes:g} minutes: a look at the text and some steps on {device}")
     text = look_at_text(asked, overrides, seconds=seconds, sample_bytes=sample_size(budget))
     machine = measure_machine(device, seconds=seconds, num_processes=num_processes)
     left = budget - (time.perf_counter() - began)
-    choice = choose(text, machine, seconds=left, fixed=overrides)
-    for line in explain(choice, text, machine):
+    ranked = candidates(text, machine, seconds=left, fixed=overrides)
+    timed: list[Timed] = []
+    if asked.training.max_minutes > SHORT_MINUTES:
+        spare = MEASURED_SHARE * budget - (time.perf_counter() - looked)
+        measured = time_finalists(finalists(ranked), device, seconds=spare, num_processes=num_processes)
+        left = budget - (time.perf_counter() - began)
+        for tried, step in measured:
+            outcome = with_measured_step(tried, step, text, machine, seconds=left, fixed=overrides)
+            timed += [] if outcome is None else [Timed(tried, step, outcome)]
+    choice = rank([finalist.outcome for finalist in timed] or ranked)[0]
+    for line in explain(choice, text, machine, timed):
         log(f"  {line}")
     return choice
 
 
-def explain(choice: Choice, text: TextFacts, machine: MachineFacts) -> list[str]:
-    """Say in a few lines what was chosen and why, and what to expect."""
+def explain(choice: Choice, text: TextFacts, machine: MachineFacts, timed: Sequence[Timed] = ()) -> list[str]:
+    """Say in a few lines what was chosen and why, and what to expect.
+
+    Args:
+        timed: finalists, of which `choice` is the best.
+    """
     config, tokenizer = choice.config, choice.tokenizer
     counts = count_parameters(config.model)
     speeds = ", ".join(
@@ -104,8 +134,14 @@ def explain(choice: Choice, text: TextFacts, machine: MachineFacts) -> list[str]
             "learn the text by heart"
         )
     return [
-        f"measured: {format_count(text.train_bytes)} bytes to train on; {speeds} inside of products, "
+        f"measured: {format_count(text.train_bytes)} bytes to train on; products at {speeds} at best, "
         f"{machine.overhead * 1000:.2g} ms of calls a layer on {machine.device}",
+        *(
+            f"timed: {tried.config.model.num_layers} layers of width {tried.config.model.d_model}, "
+            f"{tried.tokenizer.vocab_size} entries: {seconds * 1000:.3g} ms a step of "
+            f"{tokens_of_step(tried.config)} tokens, {outcome.bits_per_byte:.3f} bits per byte expected"
+            for tried, seconds, outcome in timed
+        ),
         f"tokens: {named}, {tokenizer.vocab_size} entries, {tokenizer.bytes_per_token:.2f} bytes each ({why_tokens})",
         f"model: {config.model.num_layers} layers of width {config.model.d_model}, {format_count(counts.total)} "
         f"parameters: smaller ones learn less from a token, larger ones see fewer in the time",
@@ -229,45 +265,82 @@ def bits_of_compressor(text: bytes) -> float:
     return min(8.0, 8 * len(zlib.compress(text, 9)) / max(1, len(text)))
 
 
-# Width, layers and tokens: two of one model for what calls cost, larger ones for speed, each in its width's precision.
+# Width, layers, tokens and vocabulary: two of one model for what calls cost, one with the head of a real vocabulary,
+# which is much of a small model's step, and wider ones, each in its width's precision.
 PROBES = {
-    "cpu": ((64, 2, 256), (64, 2, 2048), (192, 4, 1024), (256, 4, 1024)),
-    "other": ((128, 4, 512), (128, 4, 16384), (512, 4, 16384), (1024, 4, 16384)),
+    "cpu": ((64, 2, 256, 512), (64, 2, 2048, 512), (64, 2, 2048, 4096), (256, 4, 1024, 512)),
+    "other": ((128, 4, 512, 512), (128, 4, 16384, 512), (512, 4, 16384, 512), (1024, 4, 16384, 512)),
 }
-PROBED_VOCABULARY, PROBED_CONTEXT = 512, 128
+PROBED_CONTEXT = 128
 
 
 def measure_machine(device: torch.device, *, seconds: float, num_processes: int = 1) -> MachineFacts:
     """Return how fast training is on the device, from real steps of a few sizes, in about so many seconds."""
-    probes = PROBES.get(device.type, PROBES["other"])
-    measured = [
-        time_probe(width, layers, tokens, device, seconds=seconds / len(probes)) for width, layers, tokens in probes
+    configs = [probed_settings(*sizes) for sizes in PROBES.get(device.type, PROBES["other"])]
+    precisions = [precision_of(config, device) for config in configs]
+    speeds = {precision.name: peak_flops(device, precision.autocast_dtype) for precision in precisions}
+    probes = [
+        Probe(config, precision.name, time_steps(config, device, seconds=seconds / len(configs)))
+        for config, precision in zip(configs, precisions, strict=True)
     ]
-    return fit_machine(measured, device=str(device), memory=available_bytes(device), num_processes=num_processes)
+    return fit_machine(
+        probes, speeds=speeds, device=str(device), memory=available_bytes(device), num_processes=num_processes
+    )
 
 
-def time_probe(width: int, layers: int, tokens: int, device: torch.device, *, seconds: float) -> Probe:
-    """Time training steps of the recipe's model of a size on random tokens."""
-    facts = TokenizerFacts("bpe", PROBED_VOCABULARY, 2.0, PROBED_VOCABULARY)
+def probed_settings(width: int, layers: int, tokens: int, vocab_size: int) -> Config:
+    """Return the settings of the recipe's model of a size, for steps of so many tokens."""
+    facts = TokenizerFacts("bpe", vocab_size, 2.0, vocab_size)
     settings = settings_for(facts, (width, layers), tokens=1e6, epoch_tokens=1e6, minutes=1.0, steps=100.0, fixed={})
     sizes = {"model.max_seq_len": PROBED_CONTEXT, "training.batch_size": tokens // PROBED_CONTEXT}
-    config = load_config(preset="modern", overrides=settings | sizes)
-    precision = choose_precision(device, use_amp=config.training.use_amp, d_model=width)
+    return load_config(preset="modern", overrides=settings | sizes)
+
+
+def time_finalists(
+    choices: Sequence[Choice], device: torch.device, *, seconds: float, num_processes: int = 1
+) -> list[tuple[Choice, float]]:
+    """Return as many of the choices, from the first on, as can be measured in so many seconds, with those of a step.
+
+    They take turns, and the quicker of the turns counts.
+    """
+    began = time.perf_counter()
+    turns: list[list[float]] = []
+    turn = 0.0
+    for count in range(len(choices), 0, -1):
+        turn = seconds / count / FINALIST_ROUNDS
+        if all((1 + FINALIST_STEPS) * choice.seconds_per_step <= turn for choice in choices[:count]):
+            turns = [[] for _ in choices[:count]]
+            break
+    for _ in range(FINALIST_ROUNDS):
+        for choice, measured in zip(choices, turns, strict=False):
+            if time.perf_counter() - began + turn <= seconds:  # not so where steps take longer than the model says
+                share = min(turn, FINALIST_SECONDS / FINALIST_ROUNDS)
+                measured.append(time_steps(choice.config, device, seconds=share, num_processes=num_processes))
+    return [(choice, min(measured)) for choice, measured in zip(choices, turns, strict=False) if measured]
+
+
+def time_steps(config: Config, device: torch.device, *, seconds: float, num_processes: int = 1) -> float:
+    """Return the seconds of a training step with these settings on random tokens, for one of the processes."""
     model = TransformerModel(config.model).to(device).train()
+    if config.training.activation_checkpointing:
+        model.recompute_activations()
     optimizer = make_optimizer(model, config.training)
     state = TrainingState(total_steps=1, data_fingerprint="")
-    learner = Learner(config, model, model, optimizer, precision, World(), "none", state)
-    shape = (config.training.batch_size, PROBED_CONTEXT)
-    token_ids = torch.randint(0, PROBED_VOCABULARY, shape, device=device)  # (B, T)
-    batches = [MicroBatch(0, token_ids, token_ids, token_ids.numel())]
-    measured = measure_seconds_per_step(
+    learner = Learner(config, model, model, optimizer, precision_of(config, device), World(), "none", state)
+    shape = (config.training.batch_size, config.data.max_length)
+    token_ids = torch.randint(0, config.model.vocab_size, shape, device=device)  # (B, T)
+    documents = torch.zeros_like(token_ids) if config.data.document_mask else None
+    batches = [
+        MicroBatch(index, token_ids, token_ids, token_ids.numel(), documents)
+        for index in range(-(-config.training.gradient_accumulation_steps // num_processes))
+    ]
+    return measure_seconds_per_step(
         lambda step: train_step(learner, batches, step=step, learning_rate=0.0),
         device=device,
         first_step=0,
         seconds=seconds,
-        at_least=2,
+        at_least=FINALIST_STEPS,
     )
-    return Probe(config, precision.name, measured)
 
 
 def note_expectation(run: Path, choice: Choice) -> None:

@@ -5,11 +5,12 @@ Pure functions of facts. `dial.py` finds the facts out: how much text there is, 
 1. `step_seconds` (`speed.py`): what a step of any size takes, from a few measured ones;
 2. `steps_in_seconds` (`length.py`): how many of them fit into the time, so how many tokens are seen, how often;
 3. `expected_bits_per_byte`: which loss that comes to, by a law fitted to short runs;
-4. `choose`: the candidate with the lowest.
+4. `rank`: the candidates, that with the lowest first;
+5. `finalists`: the best few, whose own steps are worth measuring, to choose again (`with_measured_step`).
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -21,7 +22,7 @@ from sheepop.models.sizing import (
     training_bytes,
 )
 from sheepop.training.length import LEAVING_SECONDS, steps_in_seconds
-from sheepop.training.speed import MachineFacts, step_seconds, tokens_of_step
+from sheepop.training.speed import MachineFacts, step_seconds, tokens_of_step, with_step_time
 from sheepop.utils.errors import ConfigError
 
 Settings = dict[str, object]
@@ -46,6 +47,8 @@ LEAST_STEPS = 5
 ENOUGH_STEPS = 100  # fewer only where no model makes as many
 TOKEN_NOISE = 0.05  # beside dropout, where a text is read often
 PARAMETERS_PER_BYTE = 2.0  # of the text, at most
+# So near the best, the law is too flat for step times by formula to tell candidates apart.
+FINALISTS, FINALIST_BITS = 4, 1.03
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Choice:
     Attributes:
         settings: dotted, all that the dial chose.
         config: with these settings and those that were given.
-        seconds_per_step: by the cost model.
+        seconds_per_step: by the cost model, or as measured.
         steps, tokens, epochs: of the whole run.
         bits_per_byte: expected of the validation at the end.
         margin: of that, as a factor: two runs of three end between its quotient and its product.
@@ -174,8 +177,8 @@ def margin_of(seen_bytes: float, train_bytes: float) -> float:
     return LAW.margin + LAW.wider * decades
 
 
-def choose(text: TextFacts, machine: MachineFacts, *, seconds: float, fixed: Mapping[str, object]) -> Choice:
-    """Return the settings with the lowest expected loss for a run of `seconds`, start and end included.
+def candidates(text: TextFacts, machine: MachineFacts, *, seconds: float, fixed: Mapping[str, object]) -> list[Choice]:
+    """Return what a run of `seconds`, start and end included, could be, best first.
 
     Args:
         fixed: dotted settings that the user gave, which are kept; they must set the run's length.
@@ -200,13 +203,52 @@ def choose(text: TextFacts, machine: MachineFacts, *, seconds: float, fixed: Map
         )
     # Where the law knows nothing: models that could learn the text by heart, and runs of a few steps.
     most = PARAMETERS_PER_BYTE * text.train_bytes
-    choices = [choice for choice in choices if count_parameters(choice.config.model).total <= most] or [
-        min(choices, key=lambda choice: count_parameters(choice.config.model).total)
-    ]
+    return rank(
+        [choice for choice in choices if count_parameters(choice.config.model).total <= most]
+        or [min(choices, key=lambda choice: count_parameters(choice.config.model).total)]
+    )
+
+
+def rank(choices: Sequence[Choice]) -> list[Choice]:
+    """Return those with enough steps, the lowest expected loss first; where none has enough, most steps first."""
     long_enough = [choice for choice in choices if choice.steps >= ENOUGH_STEPS]
     if not long_enough:
-        return max(choices, key=lambda choice: choice.steps)
-    return min(long_enough, key=lambda choice: choice.bits_per_byte)
+        return sorted(choices, key=lambda choice: -choice.steps)
+    return sorted(long_enough, key=lambda choice: choice.bits_per_byte)
+
+
+def finalists(ranked: Sequence[Choice]) -> list[Choice]:
+    """Return the best of each shape among the best few, the best of all first."""
+    best: dict[tuple[int, int], Choice] = {}
+    for choice in ranked:
+        if choice.bits_per_byte <= FINALIST_BITS * ranked[0].bits_per_byte:
+            best.setdefault(shape_of(choice), choice)
+    return list(best.values())[:FINALISTS]
+
+
+def shape_of(choice: Choice) -> tuple[int, int]:
+    """Return its width and layers."""
+    return choice.config.model.d_model, choice.config.model.num_layers
+
+
+def with_measured_step(
+    choice: Choice,
+    measured: float,
+    text: TextFacts,
+    machine: MachineFacts,
+    *,
+    seconds: float,
+    fixed: Mapping[str, object],
+) -> Choice | None:
+    """Return the run with the same tokenizer and shape where its steps take `measured` seconds.
+
+    Its batch and the like follow from the other number of tokens, and the step's time from the batch.
+
+    Returns:
+        None where the time does not suffice for it.
+    """
+    slower = with_step_time(machine, choice.config, measured)
+    return candidate(text, slower, choice.tokenizer, shape_of(choice), seconds=seconds, fixed=fixed)
 
 
 def usable_tokenizers(text: TextFacts) -> Iterator[TokenizerFacts]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,9 +14,7 @@ from sheepop.models.sizing import (
     logits_bytes,
     training_flops_per_token,
 )
-from sheepop.utils.devices import choose_precision
-
-LEAST_PRODUCTS = 0.7  # share of the measured time that elementwise work may explain
+from sheepop.utils.devices import Precision, choose_precision
 
 
 @dataclass(frozen=True)
@@ -26,8 +24,9 @@ class MachineFacts:
     Attributes:
         device: as PyTorch names it.
         overhead: seconds a layer and step, whatever the number of tokens.
-        speeds: FLOP/s inside of matrix products, by the name of the precision.
-        bandwidth: bytes of activations a second, which stands for all elementwise work.
+        speeds: FLOP/s of large matrix products, by the name of the precision.
+        bandwidth: bytes of activations a second, which stands for all elementwise work, and for what narrow products
+            take more than large ones.
         memory: bytes that a run may take.
         num_processes: that share the work of a step.
     """
@@ -51,41 +50,56 @@ class Probe:
 
 def step_seconds(config: Config, machine: MachineFacts) -> float:
     """Return about how long a step of a model takes."""
-    model, training = config.model, config.training
-    precision = choose_precision(
-        torch.device(machine.device), use_amp=training.use_amp, d_model=model.d_model, asked=training.precision
-    )
-    speed = machine.speeds.get(precision.name) or max(machine.speeds.values())
-    flops, traffic = step_work(config, precision.name, machine.device)
+    precision = precision_of(config, torch.device(machine.device)).name
+    speed = machine.speeds.get(precision) or max(machine.speeds.values())
+    flops, traffic = step_work(config, precision, machine.device)
     work = (flops / speed + traffic / machine.bandwidth) / machine.num_processes
-    return machine.overhead * (model.num_layers + 1) + work
+    return machine.overhead * (config.model.num_layers + 1) + work
 
 
-def fit_machine(probes: Sequence[Probe], *, device: str, memory: int, num_processes: int = 1) -> MachineFacts:
-    """Return the facts that explain measured steps.
+def precision_of(config: Config, device: torch.device) -> Precision:
+    """Return the precision that a run with these settings computes in."""
+    training = config.training
+    return choose_precision(device, use_amp=training.use_amp, d_model=config.model.d_model, asked=training.precision)
+
+
+def with_step_time(machine: MachineFacts, config: Config, seconds: float) -> MachineFacts:
+    """Return the machine slowed or quickened in all it does, so that a step with these settings takes so long."""
+    factor = seconds / step_seconds(config, machine)
+    return replace(
+        machine,
+        overhead=machine.overhead * factor,
+        speeds={name: speed / factor for name, speed in machine.speeds.items()},
+        bandwidth=machine.bandwidth / factor,
+    )
+
+
+def fit_machine(
+    probes: Sequence[Probe], *, speeds: Mapping[str, float], device: str, memory: int, num_processes: int = 1
+) -> MachineFacts:
+    """Return the facts that explain measured steps best, by their relative errors.
+
+    The speed of products is given, since steps of small models do not show it: their narrow products run below it by
+    about as much as they have more bytes for each operation, and that is counted as bytes.
 
     Args:
-        probes: two of one model with few and with more tokens; a larger one, which with the second tells products from
-            elementwise work; and others, the last of each precision telling its speed.
-        device, memory, num_processes: see `MachineFacts`.
+        probes: of several sizes; two of one model with few and with more tokens tell calls from work.
+        speeds, device, memory, num_processes: see `MachineFacts`.
     """
-    work = [step_work(probe.config, probe.precision, device) for probe in probes]
-    batches = [probe.config.training.batch_size for probe in probes]
-    few, more = probes[0].seconds, probes[1].seconds
-    calls = (few * batches[1] - more * batches[0]) / (batches[1] - batches[0])  # at no tokens at all
-    overhead = min(max(calls, 0.0), 0.9 * few) / (probes[0].config.model.num_layers + 1)
-    # What is left of the second and the third: FLOPs · a + bytes · b, with a and b above zero.
-    rest = [
-        max(probe.seconds - overhead * (probe.config.model.num_layers + 1), 0.1 * probe.seconds) for probe in probes
-    ]
-    (flops_1, bytes_1), (flops_2, bytes_2) = work[1:3]
-    determinant = flops_1 * bytes_2 - flops_2 * bytes_1
-    per_byte = (flops_1 * rest[2] - flops_2 * rest[1]) / determinant if determinant else 0.0
-    per_byte = min(max(per_byte, 0.0), LEAST_PRODUCTS * min(rest[1] / bytes_1, rest[2] / bytes_2))
-    speeds = {
-        probe.precision: flops / max(left - per_byte * size, (1 - LEAST_PRODUCTS) * left)
-        for probe, (flops, size), left in list(zip(probes, work, rest, strict=True))[1:]
-    }
+    calls, traffics, rests = [], [], []  # a second of each probe's step
+    for probe in probes:
+        flops, traffic = step_work(probe.config, probe.precision, device)
+        calls.append((probe.config.model.num_layers + 1) / probe.seconds)
+        traffics.append(traffic / probe.seconds)
+        rests.append(max(0.0, 1 - flops / speeds[probe.precision] / probe.seconds))
+    # Least squares of calls · a + traffics · b = rests, with neither a nor b below zero.
+    aa, ab, bb = _dot(calls, calls), _dot(calls, traffics), _dot(traffics, traffics)
+    a, b = _dot(calls, rests), _dot(traffics, rests)
+    overhead, per_byte = (a * bb - b * ab) / (aa * bb - ab**2), (b * aa - a * ab) / (aa * bb - ab**2)
+    if overhead < 0:
+        overhead, per_byte = 0.0, b / bb
+    elif per_byte < 0:
+        overhead, per_byte = a / aa, 0.0
     return MachineFacts(device, overhead, speeds, 1 / per_byte if per_byte else math.inf, memory, num_processes)
 
 
@@ -114,3 +128,7 @@ def step_work(config: Config, precision: str, device: str) -> tuple[float, float
 def tokens_of_step(config: Config) -> int:
     """Return the tokens of a full step."""
     return config.training.batch_size * config.training.gradient_accumulation_steps * config.data.max_length
+
+
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(left, right, strict=True))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from sheepop.data.prepare import prepare_corpus
 from sheepop.training import dial
 from sheepop.training.checkpoint import find_resume, read_state
 from sheepop.training.dial import choose_settings, compare_with_expectation, is_dial, look_at_text, sample_text
+from sheepop.training.recipe import shape_of
 from sheepop.training.rehearsal import make_plan
 from sheepop.training.run import start_run
-from sheepop.training.speed import MachineFacts
+from sheepop.training.speed import MachineFacts, step_seconds
 from sheepop.utils.errors import ConfigError, DataError, Interrupted
 
 CPU = torch.device("cpu")
@@ -227,6 +229,90 @@ def test_the_machine_is_measured_by_real_steps():
     assert facts.overhead >= 0
     assert all(1e8 < speed < 1e15 for speed in facts.speeds.values())
     assert facts.bandwidth > 1e7
+
+
+LAPTOP = MachineFacts("cpu", overhead=1e-3, speeds={"fp32": 1e11, "bf16": 3e11}, bandwidth=1e10)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Steps that take what the cost model of `LAPTOP` says, times a factor by shape; returns which were timed."""
+    shapes = []
+
+    def time_steps(config, device, *, seconds, num_processes=1):
+        shapes.append((config.model.d_model, config.model.num_layers))
+        timed.seconds += seconds
+        return step_seconds(config, LAPTOP) * timed.factors.get(shapes[-1], 1.0)
+
+    def timed():
+        return set(shapes)
+
+    timed.factors, timed.seconds = {}, 0.0
+    monkeypatch.setattr(dial, "measure_machine", lambda *_, **__: LAPTOP)
+    monkeypatch.setattr(dial, "time_steps", time_steps)
+    return timed
+
+
+def choose_for(minutes, text, tmp_path):
+    overrides = given(text, tmp_path, training__max_minutes=minutes)
+    return choose_settings(overrides, device=CPU, began=time.perf_counter())
+
+
+@pytest.fixture
+def long_text(tmp_path):
+    letters = random.Random(3)
+    words = ["".join(letters.choices("abcdefghijklmnop", k=letters.randint(2, 9))) for _ in range(3000)]
+    path = tmp_path / "long.txt"
+    path.write_text(" ".join(letters.choices(words, k=120_000)), encoding="utf-8")
+    return path
+
+
+def test_the_steps_of_the_finalists_are_measured_before_the_choice(long_text, tmp_path, timed, capsys):
+    believed = choose_for(20.0, long_text, tmp_path)
+    first = timed()
+    assert shape_of(believed) in first
+    assert capsys.readouterr().err.count("timed:") == len(first) >= 2
+    assert 0 < timed.seconds <= 0.05 * 20 * 60
+    timed.factors = {shape_of(believed): 8.0}  # the cost model holds it for much too quick
+    assert shape_of(choose_for(20.0, long_text, tmp_path)) in first - {shape_of(believed)}
+    timed.factors = dict.fromkeys(first, 2.0)
+    slow = choose_for(20.0, long_text, tmp_path)
+    assert slow.seconds_per_step == pytest.approx(2 * step_seconds(slow.config, LAPTOP))
+
+
+def test_one_busy_moment_does_not_decide(long_text, tmp_path, timed, monkeypatch):
+    quiet = choose_for(20.0, long_text, tmp_path)
+    calls, measure = [], dial.time_steps
+
+    def with_busy_start(config, device, **how):
+        calls.append(config)
+        return measure(config, device, **how) * (10.0 if len(calls) == 1 else 1.0)
+
+    monkeypatch.setattr(dial, "time_steps", with_busy_start)
+    assert choose_for(20.0, long_text, tmp_path).config.model == quiet.config.model
+
+
+def test_a_short_budget_measures_no_finalists(text, tmp_path, timed):
+    choose_for(1.0, text, tmp_path)
+    assert not timed()
+
+
+def test_finalists_are_timed_only_where_there_is_time(text, tmp_path, timed):
+    choices = [choose_for(1.0, text, tmp_path)] * 3
+    slow = [replace(choice, seconds_per_step=5.0) for choice in choices]
+    assert dial.time_finalists(slow, CPU, seconds=1.0) == []
+    assert dial.time_finalists(choices, CPU, seconds=-1.0) == []
+    assert len(dial.time_finalists(slow, CPU, seconds=31.0)) == 1
+    assert len(dial.time_finalists(slow, CPU, seconds=100.0)) == 3
+    assert len(dial.time_finalists([choices[0], slow[0]], CPU, seconds=20.0)) == 1
+
+
+def test_steps_of_any_settings_can_be_timed(text, tmp_path, timed, monkeypatch):
+    monkeypatch.undo()
+    settings = {"model.d_model": 20, "model.num_heads": 5, "model.vocab_size": 33, "model.max_seq_len": 14}
+    settings |= {"model.dropout": 0.1, "training.gradient_accumulation_steps": 2, "data.document_mask": True}
+    config = load_config(preset="modern", overrides=settings | {"training.activation_checkpointing": True})
+    assert dial.time_steps(config, CPU, seconds=0.0, num_processes=2) > 0
 
 
 def test_the_command(text, tmp_path, capsys):

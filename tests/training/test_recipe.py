@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -6,18 +7,22 @@ from hypothesis import strategies as st
 
 from sheepop.config import load_config
 from sheepop.models.sizing import count_parameters
-from sheepop.training.dial import explain
+from sheepop.training.dial import Timed, explain
 from sheepop.training.recipe import (
+    FINALISTS,
     SHAPES,
     TOKENS_PER_ENTRY,
     TextFacts,
     TokenizerFacts,
-    choose,
+    candidates,
     dropout_for,
     effective_tokens,
+    finalists,
+    shape_of,
     usable_tokenizers,
+    with_measured_step,
 )
-from sheepop.training.speed import MachineFacts, Probe, fit_machine, step_seconds
+from sheepop.training.speed import MachineFacts, Probe, fit_machine, step_seconds, tokens_of_step
 from sheepop.utils.errors import ConfigError
 
 TOKENIZERS = (
@@ -35,7 +40,7 @@ def text_of(num_bytes, tokenizers=TOKENIZERS):
 
 def choice_for(minutes, num_bytes=1_000_000, machine=LAPTOP, **fixed):
     given_settings = {"training.max_minutes": minutes} | {key.replace("__", "."): v for key, v in fixed.items()}
-    return choose(text_of(num_bytes), machine, seconds=60 * minutes, fixed=given_settings)
+    return candidates(text_of(num_bytes), machine, seconds=60 * minutes, fixed=given_settings)[0]
 
 
 machines = st.builds(
@@ -143,36 +148,103 @@ def test_repeated_text_counts_less_and_less():
     assert dropout_for(50, 0.5) == 0
 
 
+def probe(machine, width, layers, batch):
+    config = load_config(
+        preset="modern",
+        overrides={
+            "model.d_model": width,
+            "model.num_layers": layers,
+            "model.num_heads": width // 32,
+            "model.max_seq_len": 128,
+            "model.vocab_size": 512,
+            "training.batch_size": batch,
+            "training.precision": "fp32",
+        },
+    )
+    return Probe(config, "fp32", step_seconds(config, machine))
+
+
 @settings(deadline=None, max_examples=30)
 @given(machine=machines)
 def test_measured_steps_give_back_the_machine_that_made_them(machine):
-    def probe(width, layers, batch):
-        config = load_config(
-            preset="modern",
-            overrides={
-                "model.d_model": width,
-                "model.num_layers": layers,
-                "model.num_heads": width // 32,
-                "model.max_seq_len": 128,
-                "model.vocab_size": 512,
-                "training.batch_size": batch,
-                "training.precision": "fp32",
-            },
-        )
-        return Probe(config, "fp32", step_seconds(config, machine))
+    probes = [probe(machine, 64, 2, 2), probe(machine, 64, 2, 16), probe(machine, 192, 4, 8)]
+    found = fit_machine(probes, speeds=machine.speeds, device="cpu", memory=10**9)
+    wanted = probe(machine, 128, 3, 12)
+    assert step_seconds(wanted.config, found) == pytest.approx(wanted.seconds, rel=0.01)
 
-    probes = [probe(64, 2, 2), probe(64, 2, 16), probe(192, 4, 8)]
-    found = fit_machine(probes, device="cpu", memory=10**9)
-    wanted = probe(128, 3, 12)
-    # The limits on each part may bind on odd machines; a step between the measured sizes is about right all the same.
-    assert step_seconds(wanted.config, found) == pytest.approx(wanted.seconds, rel=0.5)
-    assert set(found.speeds) == {"fp32"}
+
+def test_products_that_are_slow_when_narrow_do_not_make_the_machine_faster():
+    """Between the probes and beyond them, steps are told well enough where narrow products run below their speed."""
+
+    def at_width(width):
+        speed = LAPTOP.speeds["fp32"] * width / (width + 100)
+        return MachineFacts("cpu", LAPTOP.overhead, {"fp32": speed}, LAPTOP.bandwidth)
+
+    sizes = [(64, 2, 2), (64, 2, 16), (192, 4, 8), (256, 4, 8)]
+    probes = [probe(at_width(width), width, layers, batch) for width, layers, batch in sizes]
+    found = fit_machine(probes, speeds={"fp32": LAPTOP.speeds["fp32"]}, device="cpu", memory=10**9)
+    for width, layers, batch in ((96, 3, 12), (128, 4, 12), (384, 6, 12), (512, 8, 12)):
+        wanted = probe(at_width(width), width, layers, batch)
+        assert step_seconds(wanted.config, found) == pytest.approx(wanted.seconds, rel=0.15)
+
+
+def test_a_disturbed_measurement_gives_no_speed_below_zero():
+    probes = [probe(LAPTOP, 64, 2, batch) for batch in (2, 16)]
+    for factors in ((0.01, 1.0), (1.0, 0.01), (0.001, 0.001), (100.0, 1.0)):
+        disturbed = [replace(one, seconds=one.seconds * factor) for one, factor in zip(probes, factors, strict=True)]
+        found = fit_machine(disturbed, speeds=LAPTOP.speeds, device="cpu", memory=10**9)
+        assert found.overhead >= 0
+        assert found.bandwidth > 0
+
+
+def test_the_finalists_are_shapes_near_the_best():
+    given_settings = {"training.max_minutes": 20.0}
+    ranked = candidates(text_of(10**7), LAPTOP, seconds=1200.0, fixed=given_settings)
+    found = finalists(ranked)
+    assert 2 <= len(found) <= FINALISTS
+    assert found[0] == ranked[0]
+    assert len({shape_of(choice) for choice in found}) == len(found)
+    assert all(
+        choice.bits_per_byte <= min(1.03 * found[0].bits_per_byte, other.bits_per_byte)
+        for choice in found
+        for other in ranked
+        if shape_of(other) == shape_of(choice)
+    )
+    one = candidates(text_of(10**7), LAPTOP, seconds=1200.0, fixed=given_settings | {"model.d_model": 96})
+    assert {shape_of(choice)[0] for choice in finalists(one)} == {96}
+
+
+@settings(deadline=None, max_examples=10)
+@given(believed=machines, real=machines, minutes=st.floats(3, 300))
+def test_measured_steps_replace_the_cost_model(believed, real, minutes):
+    text, limits = text_of(10**7), {"seconds": 60 * minutes, "fixed": {"training.max_minutes": minutes}}
+    try:
+        first = finalists(candidates(text, believed, **limits))
+    except ConfigError:
+        return
+    for choice in first:
+        assert with_measured_step(choice, choice.seconds_per_step, text, believed, **limits) == choice
+        assert with_measured_step(choice, 60 * minutes, text, believed, **limits) is None
+        measured = step_seconds(choice.config, real)
+        again = with_measured_step(choice, measured, text, believed, **limits)
+        if again is None:
+            continue
+        assert (shape_of(again), again.tokenizer) == (shape_of(choice), choice.tokenizer)
+        assert again.steps * again.seconds_per_step <= 60 * minutes
+        if tokens_of_step(again.config) == tokens_of_step(choice.config):
+            assert again.seconds_per_step == pytest.approx(measured, rel=0.3)
+        slower = with_measured_step(choice, 3 * measured, text, believed, **limits)
+        assert slower is None or slower.tokens < again.tokens
 
 
 def test_the_choice_is_explained_in_a_few_lines():
     choice = choice_for(3)
     said = explain(choice, text_of(1_000_000), LAPTOP)
     assert len(said) <= 6
+    said = explain(choice, text_of(1_000_000), LAPTOP, [Timed(choice, 0.0421, replace(choice, bits_per_byte=1.2345))])
+    (line,) = [line for line in said if line.startswith("timed: ")]
+    for words in (f"width {choice.config.model.d_model}", "42.1 ms", "1.234 bits per byte"):
+        assert words in line
     for word in ("GFLOP/s in fp32", "entries", f"width {choice.config.model.d_model}", "epochs", "bits per byte"):
         assert word in " ".join(said)
     assert all(shape[0] % (32 if shape[0] <= 128 else 64) == 0 for shape in SHAPES if shape[0] != 48)

@@ -25,7 +25,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._scaled_mm.default:
-            self.operands.append(args)
+            self.operands.append(args[:4])
         return function(*args, **(kwargs or {}))
 
 
@@ -188,7 +188,8 @@ def test_recomputed_activations_are_the_same(model):
 def test_compiled_blocks_learn_the_same(model, recomputes, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
     torch._dynamo.reset()
-    model.train().learn_in_fp8()
+    exact = loss_and_gradients(model.train())
+    model.learn_in_fp8()
     expected = loss_and_gradients(model)
     if recomputes:
         model.recompute_activations()
@@ -198,5 +199,5 @@ def test_compiled_blocks_learn_the_same(model, recomputes, monkeypatch, tmp_path
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # for both layers
     assert distance(found[0], expected[0]) < 1e-3
     # Compiled code rounds to bf16 in fewer places, which tips some numbers to another one of 8 bits.
-    for gradient, same in zip(found[1:], expected[1:], strict=True):
-        assert distance(gradient, same) < 0.08
+    for gradient, eager, same in zip(found[1:], expected[1:], exact[1:], strict=True):
+        assert distance(gradient, same) < 1.3 * distance(eager, same) + 0.01

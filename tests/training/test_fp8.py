@@ -127,7 +127,7 @@ main(sys.argv[1:])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_several_processes_learn_as_one_does(tmp_path, train_in, capable, parallel):
     alone, together, program = tmp_path / "alone", tmp_path / "together", tmp_path / "program.py"
-    train_in(alone, **FP8)
+    train_in(alone, **FP8 | {"training.max_steps": 30})
     program.write_text(PROGRAM)
     command = [program, "train", "--config", alone / "config.json", "--output", together]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -141,4 +141,6 @@ def test_several_processes_learn_as_one_does(tmp_path, train_in, capable, parall
     )
     assert done.returncode == 0, done.stderr
     assert "fp8: 8 of the 8" in done.stderr
-    assert losses(together) == pytest.approx(losses(alone), rel=1e-2)
+    found, expected = losses(together), losses(alone)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found == pytest.approx(expected, rel=0.03)  # sums in another order tip numbers to another one of 8 bits

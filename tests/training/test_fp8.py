@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sheepop.training.rehearsal import make_plan
 from sheepop.utils.compiled_code import missing_compiler
 from sheepop.utils.devices import choose_precision
 from sheepop.utils.errors import ConfigError
@@ -81,6 +82,15 @@ def test_a_model_learns_as_it_does_in_bf16(tmp_path, train_in, capable, capfd):
     assert expected[-1] < 0.8 * expected[0]
     assert found[-1] == pytest.approx(expected[-1], rel=0.02)
     assert losses(run, "val")[-1] == pytest.approx(losses(other, "val")[-1], rel=0.02)
+
+
+def test_a_plan_is_made_of_such_steps(tmp_path, corpus_folder, capable, capfd):
+    settings = FP8 | {"data.path": str(corpus_folder), "training.save_dir": str(tmp_path), "device": "cpu"}
+    small = {"model.num_layers": 2, "training.sample_tokens": 3}
+    plan = make_plan(None, preset=None, overrides=settings | small)
+    assert plan.precision == "fp8"
+    assert plan.times is not None
+    assert "fp8: 8 of the 8 linear layers" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -207,8 +207,10 @@ class TrainingConfig(Section):
         1, description="micro-batches of one step, shared among the processes"
     )
     use_amp: bool = Field(True, description="mixed precision where the hardware computes in it")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto follows use_amp, the device and the model's width"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
+        "auto",
+        description="auto follows use_amp, the device and the model's width; fp8 is bf16 with the products of large "
+        "layers in 8 bits, on GPUs that have them",
     )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sheepop.models.fp8 import fp8_linear
+
 # oneDNN's calls cost some 20 microseconds more, which pays from about these sizes on (`benchmarks/linear.py`).
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 LEAST_PRODUCTS = 2**22 if HAS_AVX512 else 2**23  # multiplications of the forward pass
@@ -22,13 +24,20 @@ LEAST_WEIGHTS = 2**14 if HAS_AVX512 else 2**18  # entries of the weight, for the
 
 
 class Linear(nn.Linear):
-    """PyTorch's linear layer, without its own initialisation: the model draws all its weights in one place."""
+    """PyTorch's linear layer, without its own initialisation: the model draws all its weights in one place.
+
+    With `learns_in_fp8` its products are made in 8 bits where it learns (`fp8.py`); evaluation and generation never do.
+    """
+
+    learns_in_fp8 = False
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (..., I) to (..., O)."""
+        if self.learns_in_fp8 and self.training and torch.is_grad_enabled():
+            return fp8_linear(hidden, self.weight, self.bias)
         return linear(hidden, self.weight, self.bias)
 
 

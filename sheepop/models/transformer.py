@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sheepop.config import ModelConfig
 from sheepop.models.blocks import Context, Embedding, TransformerBlock, drop, make_norm
+from sheepop.models.fp8 import suits_fp8
 from sheepop.models.head_loss import summed_head_loss
 from sheepop.models.kv_cache import Cache
 from sheepop.models.linear import Linear
@@ -178,6 +179,17 @@ class TransformerModel(nn.Module):
         for block in self.blocks:
             assert isinstance(block, TransformerBlock)
             block.recomputes = True
+
+    def learn_in_fp8(self) -> tuple[int, int]:
+        """Let the large linear layers of the blocks learn in 8 bits (`fp8.py`).
+
+        Returns:
+            How many of them do, of how many.
+        """
+        layers = [module for module in self.blocks.modules() if isinstance(module, Linear)]
+        for layer in layers:
+            layer.learns_in_fp8 = suits_fp8(layer.weight)
+        return sum(layer.learns_in_fp8 for layer in layers), len(layers)
 
     def compile_blocks(self, on: bool) -> None:
         """Let the blocks compute by compiled code where they learn, or no longer; evaluation and generation never do.

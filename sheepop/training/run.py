@@ -12,6 +12,7 @@ from sheepop.data.packing import PackingPlan, open_plan
 from sheepop.data.prepare import prepare_on_the_way
 from sheepop.data.sampler import Sampler
 from sheepop.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from sheepop.models.fp8 import LEAST_WIDTH, MULTIPLE
 from sheepop.models.pretrained import (
     checkpoints_of,
     read_settings,
@@ -276,6 +277,8 @@ def set_up(config: Config, corpus: Corpus, *, device: torch.device, world: World
     model = TransformerModel(config.model).to(device)
     if training.activation_checkpointing:
         model.recompute_activations()
+    if precision.has_fp8:
+        use_fp8(model, config, world)
     parallel = choose_parallel(training.parallel, count_parameters(config.model).total, device, world)
     if parallel == "fsdp":
         check_sharding(training)
@@ -295,6 +298,29 @@ def set_up(config: Config, corpus: Corpus, *, device: torch.device, world: World
         state=TrainingState(total_steps=0, data_fingerprint=corpus.fingerprint),
         packing=packing,
     )
+
+
+def use_fp8(model: TransformerModel, config: Config, world: World) -> None:
+    """Let the model's large layers learn in 8 bits.
+
+    Raises:
+        ConfigError: it would have no effect.
+    """
+    few, many = model.learn_in_fp8()
+    if not few:
+        raise ConfigError(
+            f"training.precision 'fp8' would change nothing: it is for linear layers of at least {LEAST_WIDTH} "
+            f"inputs and outputs, multiples of {MULTIPLE}, and no block of this model (model.d_model "
+            f"{config.model.d_model}, model.d_ff {config.model.d_ff}) has one. Use 'bf16', or a wider model."
+        )
+    rows = config.training.batch_size * config.data.max_length
+    if rows % MULTIPLE:
+        raise ConfigError(
+            f"training.precision 'fp8' would change nothing: training.batch_size times data.max_length, {rows} tokens, "
+            f"must be a multiple of {MULTIPLE}. Choose such sizes, or 'bf16'."
+        )
+    if world.is_main:
+        log(f"fp8: {few} of the {many} linear layers in the blocks learn in 8 bits")
 
 
 def check_sharding(training: TrainingConfig) -> None:

@@ -38,16 +38,24 @@ def resolve_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Precision:
-    """How a forward pass computes: the autocast type (None means plain fp32) and whether losses need scaling."""
+    """How a forward pass computes.
+
+    Attributes:
+        autocast_dtype: None means plain fp32.
+        needs_loss_scaling: whether small gradients would vanish without.
+        has_fp8: whether large linear layers learn in 8 bits besides (`models/fp8.py`).
+    """
 
     name: str
     autocast_dtype: torch.dtype | None
     needs_loss_scaling: bool
+    has_fp8: bool = False
 
 
 FP32 = Precision("fp32", None, False)
 BF16 = Precision("bf16", torch.bfloat16, False)
 FP16 = Precision("fp16", torch.float16, True)
+FP8 = Precision("fp8", torch.bfloat16, False, has_fp8=True)
 
 
 # On a CPU with bf16 instructions, narrower models lose more to the conversions than they gain (`docs/log.md`).
@@ -61,11 +69,16 @@ def choose_precision(device: torch.device, *, use_amp: bool, d_model: int, asked
     a GPU, else fp32: a CPU without bf16 instructions would emulate them, several times slower than fp32.
 
     Raises:
-        ConfigError: fp16 was asked for on a CPU, whose kernels do not train in it.
+        ConfigError: fp16 was asked for on a CPU, whose kernels do not train in it, or fp8 on a device without it.
     """
     if asked == "fp16" and device.type == "cpu":
         raise ConfigError("training.precision 'fp16' needs a GPU; on a CPU use 'fp32', or 'auto'.")
-    named = {"fp32": FP32, "bf16": BF16, "fp16": FP16}
+    if asked == "fp8" and not multiplies_fp8(device):
+        raise ConfigError(
+            f"training.precision 'fp8' needs an NVIDIA GPU of compute capability 8.9 or more (the generations Ada, "
+            f"Hopper and Blackwell), and {device} is none. Use 'bf16', or 'auto'."
+        )
+    named = {"fp32": FP32, "bf16": BF16, "fp16": FP16, "fp8": FP8}
     if asked != "auto":
         return named[asked]
     if not use_amp or device.type == "mps":
@@ -73,6 +86,12 @@ def choose_precision(device: torch.device, *, use_amp: bool, d_model: int, asked
     if device.type == "cuda":
         return BF16 if torch.cuda.is_bf16_supported(including_emulation=False) else FP16
     return BF16 if cpu_has_bf16() and d_model >= LEAST_WIDTH_FOR_CPU_BF16 else FP32
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Say whether this is a GPU with tensor cores for 8-bit floats; AMD's, of other formats, do not count."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def cpu_has_bf16() -> bool:

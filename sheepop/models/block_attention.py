@@ -1,9 +1,11 @@
 """Attention for training on a CPU: blocks of queries by plain matrix products, with a backward pass of its own.
 
 A block of queries multiplies all keys that it sees at once, and those behind it not at all, which is half of the work.
-Its weights are kept for the backward pass, as a CPU has the memory for them and exponentials cost it more than reading
-them back. PyTorch's fused kernel for the CPU works through small tiles, in bf16 at a third of the speed of a product
-(`docs/log.md`, 2026-11-28). The formulas are those of FlashAttention's appendix (Dao et al. 2022, section B.2).
+Its weights are kept for the backward pass where they are few, as exponentials cost a CPU more than reading them back;
+beyond, they would be most of what a layer keeps, and are made again. PyTorch's fused kernel for the CPU works through
+small tiles, in bf16 at a third of the speed of a product (`docs/log.md`, 2026-11-28). The formulas are those of
+FlashAttention's appendix (Dao et al. 2022, section B.2), but for the sums of the softmax: making them again takes less
+time than subtracting them when they are kept.
 Shape letters: B batch, T time, S keys of a block, H query heads, K key/value heads, G = H/K, C head width, n queries.
 """
 
@@ -17,20 +19,21 @@ from torch import Tensor
 from sheepop.models.attention import visible
 
 LEAST_QUERIES = 64  # of a block
-MOST_BLOCKS = 16  # each is some ten calls, and compiled code grows with them
+MOST_BLOCKS = 16  # each is some ten calls
 # For fewer tokens the fused kernel makes fewer calls, which only its bf16 tiles do not repay.
 LEAST_TIME = {2: 64, 4: 256}  # by the bytes of a number
-MOST_KEPT_TIME = 256
-MOST_TIME = 1024  # beyond, the weights would be most of what a layer keeps
+# For more, fp32 products gain less by their size than the tiles by staying in the processor's cache.
+MOST_TIME = {2: 8192, 4: 1024}
+MOST_KEPT_TIME = 256  # weights kept cost a sixth less time than weights made again
 
 
 def suits_blocks(time: int, bytes_per_number: int) -> bool:
-    """Say whether a CPU learns faster from texts of so many tokens in blocks, and has the memory for it."""
-    return LEAST_TIME.get(bytes_per_number, time + 1) <= time <= MOST_TIME
+    """Say whether a CPU learns faster from texts of so many tokens in blocks."""
+    return LEAST_TIME.get(bytes_per_number, time + 1) <= time <= MOST_TIME.get(bytes_per_number, 0)
 
 
 def keeps(time: int) -> bool:
-    """Say whether the weights of so many tokens are kept for the backward pass, or made again in it."""
+    """Say whether the weights of a text of so many tokens are kept for the backward pass, not made again in it."""
     return time <= MOST_KEPT_TIME
 
 
@@ -43,7 +46,7 @@ def learns_in_blocks(query: Tensor, key: Tensor) -> bool:
 
 
 def weights_in_blocks(time: int, window: int, sinks: int) -> int:
-    """Return how many weights a head keeps for a text of so many tokens, those that are zero included."""
+    """Return how many weights a head has for a text of so many tokens, those that are zero in its blocks included."""
     return sum((here.stop - here.start) * (seen.stop - seen.start) for here, seen in blocks(time, window, sinks))
 
 
@@ -64,6 +67,8 @@ def block_attention(
         query: (B, H, T, C).
         key, value: (B, K, T, C).
         window, sinks, document_ids, dropout: see `attention`.
+        keeps_weights: whether the backward pass finds the weights or makes them again, the same to the bit; None: by
+            the number of tokens (`keeps`). Which of them were dropped is kept in any case.
 
     Returns:
         (B, H, T, C), laid out as (B, T, H, C).
@@ -133,7 +138,7 @@ def forward_in_blocks(
     dropout: float,
     keeps_weights: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Return what was mixed (B, H, T, C) and for each block its weights, if kept, and which of them were not dropped."""
+    """Return what was mixed (B, H, T, C), and of each block the weights, if kept, and which were not dropped."""
     (B, H, T, C), K = query.shape, key.shape[1]
     queries = by_group(query, K)  # (B, K, G, T, C)
     keys, values = key.reshape(B * K, T, C), value.reshape(B * K, T, C)

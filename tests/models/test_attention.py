@@ -154,6 +154,23 @@ def test_weights_made_again_are_those_that_were_kept(hides, dropout, dtype):
         assert torch.equal(kept, made_again)
 
 
+@pytest.mark.parametrize("time", [150, 270], ids=["kept", "made again"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_compiled_code_takes_the_same_blocks(time, dropout):
+    parts, wanted = tensors(2, 4, 2, time, time, 5), torch.randn(2, 4, time, 5)
+    ids = (torch.arange(time) > 90).long().expand(2, -1)
+    results = []
+    for attend in (block_attention, torch.compile(block_attention, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(3)
+        leaves = [part.clone().requires_grad_() for part in parts]
+        mixed = attend(*leaves, window=70, sinks=3, document_ids=ids, dropout=dropout)
+        mixed.backward(wanted)
+        results.append([mixed.detach(), *(leaf.grad for leaf in leaves)])
+        assert mixed.transpose(1, 2).is_contiguous()
+    for plain, compiled in zip(*results, strict=True):
+        assert torch.equal(plain, compiled)
+
+
 def test_weights_of_long_texts_are_not_kept():
     sizes = {}
     for time in (256, 257):

@@ -1,9 +1,11 @@
 """Attention for training on a CPU: blocks of queries by plain matrix products, with a backward pass of its own.
 
 A block of queries multiplies all keys that it sees at once, and those behind it not at all, which is half of the work.
-Its weights are kept for the backward pass, as a CPU has the memory for them and exponentials cost it more than reading
-them back. PyTorch's fused kernel for the CPU works through small tiles, in bf16 at a third of the speed of a product
-(`docs/log.md`, 2026-11-28). The formulas are those of FlashAttention's appendix (Dao et al. 2022, section B.2).
+Its weights are kept for the backward pass where they are few, as exponentials cost a CPU more than reading them back;
+beyond, they would be most of what a layer keeps, and are made again. PyTorch's fused kernel for the CPU works through
+small tiles, in bf16 at a third of the speed of a product (`docs/log.md`, 2026-11-28). The formulas are those of
+FlashAttention's appendix (Dao et al. 2022, section B.2), but for the sums of the softmax: making them again takes less
+time than subtracting them when they are kept.
 Shape letters: B batch, T time, S keys of a block, H query heads, K key/value heads, G = H/K, C head width, n queries.
 """
 
@@ -17,15 +19,22 @@ from torch import Tensor
 from sheepop.models.attention import visible
 
 LEAST_QUERIES = 64  # of a block
-MOST_BLOCKS = 8  # each is some ten calls, and compiled code grows with them
+MOST_BLOCKS = 16  # each is some ten calls
 # For fewer tokens the fused kernel makes fewer calls, which only its bf16 tiles do not repay.
 LEAST_TIME = {2: 64, 4: 256}  # by the bytes of a number
-MOST_TIME = 1024  # beyond, the weights would be most of what a layer keeps
+# For more, fp32 products gain less by their size than the tiles by staying in the processor's cache.
+MOST_TIME = {2: 8192, 4: 1024}
+MOST_KEPT_TIME = 256  # weights kept cost a sixth less time than weights made again
 
 
 def suits_blocks(time: int, bytes_per_number: int) -> bool:
-    """Say whether a CPU learns faster from texts of so many tokens in blocks, and has the memory for it."""
-    return LEAST_TIME.get(bytes_per_number, time + 1) <= time <= MOST_TIME
+    """Say whether a CPU learns faster from texts of so many tokens in blocks."""
+    return LEAST_TIME.get(bytes_per_number, time + 1) <= time <= MOST_TIME.get(bytes_per_number, 0)
+
+
+def keeps(time: int) -> bool:
+    """Say whether the weights of a text of so many tokens are kept for the backward pass, not made again in it."""
+    return time <= MOST_KEPT_TIME
 
 
 def learns_in_blocks(query: Tensor, key: Tensor) -> bool:
@@ -37,7 +46,7 @@ def learns_in_blocks(query: Tensor, key: Tensor) -> bool:
 
 
 def weights_in_blocks(time: int, window: int, sinks: int) -> int:
-    """Return how many weights a head keeps for a text of so many tokens, those that are zero included."""
+    """Return how many weights a head has for a text of so many tokens, those that are zero in its blocks included."""
     return sum((here.stop - here.start) * (seen.stop - seen.start) for here, seen in blocks(time, window, sinks))
 
 
@@ -50,6 +59,7 @@ def block_attention(
     sinks: int = 0,
     document_ids: Tensor | None = None,
     dropout: float = 0.0,
+    keeps_weights: bool | None = None,
 ) -> Tensor:
     """Return what `attention` returns for as many queries as keys, without a mask of the caller's.
 
@@ -57,15 +67,19 @@ def block_attention(
         query: (B, H, T, C).
         key, value: (B, K, T, C).
         window, sinks, document_ids, dropout: see `attention`.
+        keeps_weights: whether the backward pass finds the weights or makes them again, the same to the bit; None: by
+            the number of tokens (`keeps`). Which of them were dropped is kept in any case.
 
     Returns:
         (B, H, T, C), laid out as (B, T, H, C).
     """
+    if keeps_weights is None:
+        keeps_weights = keeps(query.shape[2])
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.autocast("cpu", enabled=False):
-        return BlockAttention.apply(query, key, value, window, sinks, document_ids, dropout)  # type: ignore[no-untyped-call, no-any-return]
+        return BlockAttention.apply(query, key, value, window, sinks, document_ids, dropout, keeps_weights)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def blocks(time: int, window: int, sinks: int) -> Iterator[tuple[slice, slice]]:
@@ -78,7 +92,7 @@ def blocks(time: int, window: int, sinks: int) -> Iterator[tuple[slice, slice]]:
 
 
 class BlockAttention(torch.autograd.Function):
-    """Forward keeps the weights of each block, backward goes through the blocks again."""
+    """Forward goes through the blocks of queries, and backward goes through them again."""
 
     @staticmethod
     def forward(
@@ -90,56 +104,160 @@ class BlockAttention(torch.autograd.Function):
         sinks: int,
         document_ids: Tensor | None,
         dropout: float,
+        keeps_weights: bool,
     ) -> Tensor:
         """Map (B, H, T, C) and twice (B, K, T, C) to (B, H, T, C)."""
-        (B, H, T, C), K = query.shape, key.shape[1]
-        queries = by_group(query, K)  # (B, K, G, T, C)
-        key, value = key.reshape(B * K, T, C), value.reshape(B * K, T, C)
-        mixed = query.new_empty(B, T, H, C).transpose(1, 2)
-        mixed_by_group = by_group(mixed, K)
-        all_weights, all_kept = [], []
-        for here, seen in blocks(T, window, sinks):
-            rows = queries[:, :, :, here].reshape(B * K, -1, C)  # (BK, Gn, C)
-            scores = torch.baddbmm(
-                rows.new_empty(()), rows, key[:, seen].transpose(1, 2), beta=0, alpha=1 / math.sqrt(C)
-            )
-            hide(scores.view(B, H, -1, scores.shape[-1]), seen, window, sinks, document_ids)
-            weights = scores.softmax(-1)  # (BK, Gn, S)
-            all_weights.append(weights)
-            if dropout:
-                weights, kept = torch.native_dropout(weights, dropout, True)
-                all_kept.append(kept)
-            mixed_by_group[:, :, :, here] = (weights @ value[:, seen]).view(B, K, H // K, -1, C)
-        ctx.save_for_backward(query, key, value, *all_weights, *all_kept)
-        ctx.bounds, ctx.dropout = list(blocks(T, window, sinks)), dropout
+        if value.stride(2) != query.stride(2):
+            # A view of something larger that the queries are no view of, and that nothing else needs any more.
+            value = value.contiguous()
+        function = opaque_forward if torch.compiler.is_compiling() else forward_in_blocks
+        mixed, weights, masks = function(query, key, value, window, sinks, document_ids, dropout, keeps_weights)
+        ctx.save_for_backward(query, key, value, document_ids, *weights, *masks)
+        ctx.window, ctx.sinks, ctx.dropout, ctx.num_weights = window, sinks, dropout, len(weights)
         return mixed
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of query, key and value for the gradient (B, H, T, C) of what came out."""
-        query, key, value, *rest = ctx.saved_tensors
-        (B, H, T, C), K = query.shape, key.shape[0] // query.shape[0]
-        all_weights, all_kept = rest[: len(ctx.bounds)], rest[len(ctx.bounds) :]
-        queries, gradients = by_group(query, K), by_group(gradient, K)  # (B, K, G, T, C) each
-        query_gradient = query.new_empty(B, T, H, C).transpose(1, 2)
-        query_gradient_by_group = by_group(query_gradient, K)
-        key_gradient, value_gradient = torch.zeros_like(key), torch.zeros_like(value)  # (BK, T, C) each
-        scale = 1 / math.sqrt(C)
-        for number, (here, seen) in enumerate(ctx.bounds):
-            rows = queries[:, :, :, here].reshape(B * K, -1, C)  # (BK, Gn, C)
-            errors = gradients[:, :, :, here].reshape(B * K, -1, C)
-            weights = dropped = all_weights[number]  # (BK, Gn, S)
-            weight_errors = errors @ value[:, seen].transpose(1, 2)
-            if ctx.dropout:
-                kept = (all_kept[number] / (1 - ctx.dropout)).to(weights.dtype)
-                dropped, weight_errors = weights * kept, weight_errors * kept
-            value_gradient[:, seen].baddbmm_(dropped.transpose(1, 2), errors)
-            score_errors = torch._softmax_backward_data(weight_errors, weights, -1, weights.dtype)
-            key_gradient[:, seen].baddbmm_(score_errors.transpose(1, 2), rows, alpha=scale)
-            moved = (score_errors @ key[:, seen]).mul_(scale)
-            query_gradient_by_group[:, :, :, here] = moved.view(B, K, H // K, -1, C)
-        keys = (gradient.view(B, K, T, C) for gradient in (key_gradient, value_gradient))
-        return query_gradient, *keys, None, None, None, None
+        query, key, value, document_ids, *rest = ctx.saved_tensors
+        weights, masks = rest[: ctx.num_weights], rest[ctx.num_weights :]
+        function = opaque_backward if torch.compiler.is_compiling() else backward_in_blocks
+        gradients = function(
+            gradient, query, key, value, ctx.window, ctx.sinks, document_ids, ctx.dropout, weights, masks
+        )
+        return *gradients, None, None, None, None, None
+
+
+def forward_in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    sinks: int,
+    document_ids: Tensor | None,
+    dropout: float,
+    keeps_weights: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return what was mixed (B, H, T, C), and of each block the weights, if kept, and which were not dropped."""
+    (B, H, T, C), K = query.shape, key.shape[1]
+    queries = by_group(query, K)  # (B, K, G, T, C)
+    keys, values = key.reshape(B * K, T, C), value.reshape(B * K, T, C)
+    mixed = query.new_empty(B, T, H, C).transpose(1, 2)
+    mixed_by_group = by_group(mixed, K)
+    all_weights, masks = [], []
+    for here, seen in blocks(T, window, sinks):
+        rows = queries[:, :, :, here].reshape(B * K, -1, C)  # (BK, Gn, C)
+        weights = weights_of(rows, keys, B, here, seen, window, sinks, document_ids)  # (BK, Gn, S)
+        if keeps_weights:
+            all_weights.append(weights)
+        if dropout:
+            weights, mask = torch.native_dropout(weights, dropout, True)
+            masks.append(mask)
+        mixed_by_group[:, :, :, here] = (weights @ values[:, seen]).view(B, K, H // K, -1, C)
+    return mixed, all_weights, masks
+
+
+def backward_in_blocks(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    sinks: int,
+    document_ids: Tensor | None,
+    dropout: float,
+    all_weights: list[Tensor],
+    masks: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value; the weights are made again where none are given."""
+    (B, H, T, C), K = query.shape, key.shape[1]
+    queries, gradients = by_group(query, K), by_group(gradient, K)  # (B, K, G, T, C) each
+    keys, values = key.reshape(B * K, T, C), value.reshape(B * K, T, C)
+    query_gradient = query.new_empty(B, T, H, C).transpose(1, 2)
+    query_gradient_by_group = by_group(query_gradient, K)
+    key_gradient, value_gradient = torch.zeros_like(keys), torch.zeros_like(values)  # (BK, T, C) each
+    scale = 1 / math.sqrt(C)
+    for number, (here, seen) in enumerate(blocks(T, window, sinks)):
+        rows = queries[:, :, :, here].reshape(B * K, -1, C)  # (BK, Gn, C)
+        errors = gradients[:, :, :, here].reshape(B * K, -1, C)
+        if all_weights:
+            weights = all_weights[number]  # (BK, Gn, S)
+        else:
+            weights = weights_of(rows, keys, B, here, seen, window, sinks, document_ids)
+        dropped = weights
+        weight_errors = errors @ values[:, seen].transpose(1, 2)
+        if dropout:
+            factors = (masks[number] / (1 - dropout)).to(weights.dtype)
+            dropped, weight_errors = weights * factors, weight_errors.mul_(factors)
+        value_gradient[:, seen].baddbmm_(dropped.transpose(1, 2), errors)
+        score_errors = torch._softmax_backward_data(weight_errors, weights, -1, weights.dtype, grad_input=weight_errors)
+        key_gradient[:, seen].baddbmm_(score_errors.transpose(1, 2), rows, alpha=scale)
+        moved = (score_errors @ keys[:, seen]).mul_(scale)
+        query_gradient_by_group[:, :, :, here] = moved.view(B, K, H // K, -1, C)
+    return query_gradient, key_gradient.view(B, K, T, C), value_gradient.view(B, K, T, C)
+
+
+# For the compiler each pass is one operation: what it would make of the blocks is no faster and takes more memory.
+opaque_forward = torch.library.custom_op("sheepop::forward_in_blocks", forward_in_blocks, mutates_args=())
+opaque_backward = torch.library.custom_op("sheepop::backward_in_blocks", backward_in_blocks, mutates_args=())
+
+
+@opaque_forward.register_fake
+def shapes_of_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,  # noqa: ARG001
+    window: int,
+    sinks: int,
+    document_ids: Tensor | None,  # noqa: ARG001
+    dropout: float,
+    keeps_weights: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return what has the shapes, types and layouts of what `forward_in_blocks` returns, for the compiler."""
+    (B, H, T, C), K = query.shape, key.shape[1]
+    sizes = [
+        (B * K, H // K * (here.stop - here.start), seen.stop - seen.start) for here, seen in blocks(T, window, sinks)
+    ]
+    weights = [query.new_empty(size) for size in sizes] if keeps_weights else []
+    masks = [query.new_empty(size, dtype=torch.bool) for size in sizes] if dropout else []
+    return query.new_empty(B, T, H, C).transpose(1, 2), weights, masks
+
+
+@opaque_backward.register_fake
+def shapes_of_backward(
+    gradient: Tensor,  # noqa: ARG001
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,  # noqa: ARG001
+    sinks: int,  # noqa: ARG001
+    document_ids: Tensor | None,  # noqa: ARG001
+    dropout: float,  # noqa: ARG001
+    all_weights: list[Tensor],  # noqa: ARG001
+    masks: list[Tensor],  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what has the shapes, types and layouts of what `backward_in_blocks` returns, for the compiler."""
+    B, H, T, C = query.shape
+    return query.new_empty(B, T, H, C).transpose(1, 2), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def weights_of(
+    rows: Tensor,
+    keys: Tensor,
+    batch_size: int,
+    here: slice,
+    seen: slice,
+    window: int,
+    sinks: int,
+    document_ids: Tensor | None,
+) -> Tensor:
+    """Return the weights (BK, Gn, S) of a block's queries (BK, Gn, C) for those of the keys (BK, T, C) it sees."""
+    scores = torch.baddbmm(
+        rows.new_empty(()), rows, keys[:, seen].transpose(1, 2), beta=0, alpha=1 / math.sqrt(rows.shape[-1])
+    )
+    by_head = scores.view(batch_size, -1, here.stop - here.start, scores.shape[-1])
+    hide(by_head, seen, window, sinks, document_ids)
+    return torch.softmax(scores, -1, out=scores)
 
 
 def by_group(heads: Tensor, num_kv_heads: int) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from sheepop.config import ModelConfig
-from sheepop.models.block_attention import suits_blocks, weights_in_blocks
+from sheepop.models.block_attention import keeps, suits_blocks, weights_in_blocks
 from sheepop.models.head_loss import rows_at_once
 
 CONVOLUTIONS = 2  # of a block with `conv_width` above 1: before attention and before the feed-forward
@@ -152,11 +152,9 @@ def layer_activation_bytes(
         attention += 4 * N * (H + K) * C if is_mixed else 0  # their fp32 copies
     kernel = attention_kernel(config, T, e, on_gpu=on_gpu)
     if kernel == "blocks":
-        # Queries, with all that they are a view of, and copies of keys and values.
-        beside = 1 if config.qk_norm or config.positions == "rotary" else 2
-        attention += e * N * (H + beside * K + 2 * K) * C
-        weights = weights_in_blocks(T, config.sliding_window, config.attention_sinks)
-        attention += (e + (1 if config.dropped_attention else 0)) * B * H * weights
+        attention += projected  # queries and keys, and values: together as projected, or a copy where those were turned
+        per_weight = (e if keeps(T) else 0) + (1 if config.dropped_attention else 0)
+        attention += per_weight * B * H * weights_in_blocks(T, config.sliding_window, config.attention_sinks)
         attention += projected if config.qk_norm and not is_mixed else 0
     elif kernel != "fused":
         if kernel == "reference":

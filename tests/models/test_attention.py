@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -78,15 +79,16 @@ def test_gradients_of_optimized_equal_reference(sinks):
     window=st.one_of(st.just(0), st.integers(1, 220)),
     sinks=st.one_of(st.just(0), st.integers(1, 90)),
     documents=st.booleans(),
+    keeps_weights=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_blocks_learn_as_the_reference(kv_heads, group, time, window, sinks, documents, seed):
+def test_blocks_learn_as_the_reference(kv_heads, group, time, window, sinks, documents, keeps_weights, seed):
     parts = tensors(2, kv_heads * group, kv_heads, time, time, 5, seed)
     random = torch.Generator().manual_seed(seed)
     ids = (torch.rand(2, time, generator=random) < 0.05).cumsum(1) if documents else None
     wanted = torch.randn(2, kv_heads * group, time, 5, generator=random)
     results = []
-    for implementation in (attention, block_attention):
+    for implementation in (attention, partial(block_attention, keeps_weights=keeps_weights)):
         leaves = [part.clone().requires_grad_() for part in parts]
         mixed = implementation(*leaves, window=window, sinks=sinks if window else 0, document_ids=ids)
         mixed.backward(wanted)
@@ -112,11 +114,13 @@ def test_training_on_a_cpu_goes_in_blocks_and_nothing_else_does(dtype, monkeypat
     assert calls == [dtype, torch.bfloat16]
 
 
-def test_blocks_drop_weights_in_the_backward_pass_as_in_the_forward_pass():
+@pytest.mark.parametrize("keeps_weights", [True, False])
+def test_blocks_drop_weights_in_the_backward_pass_as_in_the_forward_pass(keeps_weights):
     """The mixture is linear in the values, so that their gradient times them is the mixture times its gradient."""
+    attend = partial(block_attention, dropout=0.4, keeps_weights=keeps_weights)
     query, key, value = (part.double().requires_grad_() for part in tensors(2, 4, 2, 150, 150, 3))
     wanted = torch.randn(2, 4, 150, 3, dtype=torch.float64)
-    mixed = block_attention(query, key, value, dropout=0.4)
+    mixed = attend(query, key, value)
     mixed.backward(wanted)
     assert (value.grad * value).sum().item() == pytest.approx((mixed * wanted).sum().item(), rel=1e-6)
 
@@ -125,11 +129,59 @@ def test_blocks_drop_weights_in_the_backward_pass_as_in_the_forward_pass():
     difference = 0.0
     for sign in (1, -1):
         torch.manual_seed(3)
-        difference += sign * (block_attention(query + sign * step, key, value, dropout=0.4) * wanted).sum().item() / 2
+        difference += sign * (attend(query + sign * step, key, value) * wanted).sum().item() / 2
     query.grad = None
     torch.manual_seed(3)
-    (block_attention(query, key, value, dropout=0.4) * wanted).sum().backward()
+    (attend(query, key, value) * wanted).sum().backward()
     assert (query.grad * step).sum().item() == pytest.approx(difference, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("hides", [{}, {"window": 70, "sinks": 3}], ids=str)
+def test_weights_made_again_are_those_that_were_kept(hides, dropout, dtype):
+    parts = [part.to(dtype) for part in tensors(2, 4, 2, 150, 150, 5)]
+    wanted = torch.randn(2, 4, 150, 5).to(dtype)
+    ids = (torch.arange(150) > 90).long().expand(2, -1)
+    results = []
+    for keeps_weights in (True, False):
+        torch.manual_seed(3)
+        leaves = [part.clone().requires_grad_() for part in parts]
+        mixed = block_attention(*leaves, **hides, document_ids=ids, dropout=dropout, keeps_weights=keeps_weights)
+        mixed.backward(wanted)
+        results.append([mixed.detach(), *(leaf.grad for leaf in leaves)])
+    for kept, made_again in zip(*results, strict=True):
+        assert torch.equal(kept, made_again)
+
+
+@pytest.mark.parametrize("time", [150, 270], ids=["kept", "made again"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_compiled_code_takes_the_same_blocks(time, dropout):
+    parts, wanted = tensors(2, 4, 2, time, time, 5), torch.randn(2, 4, time, 5)
+    ids = (torch.arange(time) > 90).long().expand(2, -1)
+    results = []
+    for attend in (block_attention, torch.compile(block_attention, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(3)
+        leaves = [part.clone().requires_grad_() for part in parts]
+        mixed = attend(*leaves, window=70, sinks=3, document_ids=ids, dropout=dropout)
+        mixed.backward(wanted)
+        results.append([mixed.detach(), *(leaf.grad for leaf in leaves)])
+        assert mixed.transpose(1, 2).is_contiguous()
+    for plain, compiled in zip(*results, strict=True):
+        assert torch.equal(plain, compiled)
+
+
+def test_weights_of_long_texts_are_not_kept():
+    sizes = {}
+    for time in (256, 257):
+        parts = [part.requires_grad_() for part in tensors(1, 2, 2, time, time, 4)]
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda part, saved=saved: saved.append(part) or part, lambda x: x
+        ):
+            block_attention(*parts)
+        sizes[time] = sum(part.numel() for part in saved)
+    assert sizes[257] < 4 * 257 * 2 * 4 < 2 * 256 * 256 / 2 < sizes[256]
 
 
 @pytest.mark.parametrize(

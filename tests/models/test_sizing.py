@@ -98,9 +98,9 @@ BLOCK_VARIANTS = [
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("context", [256, 300], ids=["kept", "made again"])
 @pytest.mark.parametrize(("preset", "settings"), BLOCK_VARIANTS, ids=str)
-def test_activations_of_attention_in_blocks(preset, settings, dtype):
-    context = 300 if dtype is None else 150
+def test_activations_of_attention_in_blocks(preset, settings, context, dtype):
     config = model_config(preset, max_seq_len=context, **settings)
     estimate = activation_bytes(config, batch_size=B, context=context, bytes_per_number=4 if dtype is None else 2)
     saved = bytes_saved_for_backward(config, dtype=dtype, time=context)

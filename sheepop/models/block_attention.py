@@ -33,7 +33,10 @@ def suits_blocks(time: int, bytes_per_number: int) -> bool:
 
 
 def keeps(time: int) -> bool:
-    """Say whether the weights of a text of so many tokens are kept for the backward pass, not made again in it."""
+    """Say whether the weights of a text of so many tokens are kept for the backward pass, not made again in it.
+
+    They are the same to the bit. Which of them were dropped is kept in any case.
+    """
     return time <= MOST_KEPT_TIME
 
 
@@ -59,7 +62,6 @@ def block_attention(
     sinks: int = 0,
     document_ids: Tensor | None = None,
     dropout: float = 0.0,
-    keeps_weights: bool | None = None,
 ) -> Tensor:
     """Return what `attention` returns for as many queries as keys, without a mask of the caller's.
 
@@ -67,19 +69,15 @@ def block_attention(
         query: (B, H, T, C).
         key, value: (B, K, T, C).
         window, sinks, document_ids, dropout: see `attention`.
-        keeps_weights: whether the backward pass finds the weights or makes them again, the same to the bit; None: by
-            the number of tokens (`keeps`). Which of them were dropped is kept in any case.
 
     Returns:
         (B, H, T, C), laid out as (B, T, H, C).
     """
-    if keeps_weights is None:
-        keeps_weights = keeps(query.shape[2])
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.autocast("cpu", enabled=False):
-        return BlockAttention.apply(query, key, value, window, sinks, document_ids, dropout, keeps_weights)  # type: ignore[no-untyped-call, no-any-return]
+        return BlockAttention.apply(query, key, value, window, sinks, document_ids, dropout)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def blocks(time: int, window: int, sinks: int) -> Iterator[tuple[slice, slice]]:
@@ -104,14 +102,13 @@ class BlockAttention(torch.autograd.Function):
         sinks: int,
         document_ids: Tensor | None,
         dropout: float,
-        keeps_weights: bool,
     ) -> Tensor:
         """Map (B, H, T, C) and twice (B, K, T, C) to (B, H, T, C)."""
         if value.stride(2) != query.stride(2):
-            # A view of something larger that the queries are no view of, and that nothing else needs any more.
+            # A view of something larger that the queries are no view of, and that would be kept for its sake alone.
             value = value.contiguous()
         function = opaque_forward if torch.compiler.is_compiling() else forward_in_blocks
-        mixed, weights, masks = function(query, key, value, window, sinks, document_ids, dropout, keeps_weights)
+        mixed, weights, masks = function(query, key, value, window, sinks, document_ids, dropout)
         ctx.save_for_backward(query, key, value, document_ids, *weights, *masks)
         ctx.window, ctx.sinks, ctx.dropout, ctx.num_weights = window, sinks, dropout, len(weights)
         return mixed
@@ -125,7 +122,7 @@ class BlockAttention(torch.autograd.Function):
         gradients = function(
             gradient, query, key, value, ctx.window, ctx.sinks, document_ids, ctx.dropout, weights, masks
         )
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None
 
 
 def forward_in_blocks(
@@ -136,7 +133,6 @@ def forward_in_blocks(
     sinks: int,
     document_ids: Tensor | None,
     dropout: float,
-    keeps_weights: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return what was mixed (B, H, T, C), and of each block the weights, if kept, and which were not dropped."""
     (B, H, T, C), K = query.shape, key.shape[1]
@@ -148,7 +144,7 @@ def forward_in_blocks(
     for here, seen in blocks(T, window, sinks):
         rows = queries[:, :, :, here].reshape(B * K, -1, C)  # (BK, Gn, C)
         weights = weights_of(rows, keys, B, here, seen, window, sinks, document_ids)  # (BK, Gn, S)
-        if keeps_weights:
+        if keeps(T):
             all_weights.append(weights)
         if dropout:
             weights, mask = torch.native_dropout(weights, dropout, True)
@@ -175,7 +171,7 @@ def backward_in_blocks(
     keys, values = key.reshape(B * K, T, C), value.reshape(B * K, T, C)
     query_gradient = query.new_empty(B, T, H, C).transpose(1, 2)
     query_gradient_by_group = by_group(query_gradient, K)
-    key_gradient, value_gradient = torch.zeros_like(keys), torch.zeros_like(values)  # (BK, T, C) each
+    key_gradient, value_gradient = keys.new_zeros(keys.shape), values.new_zeros(values.shape)  # (BK, T, C)
     scale = 1 / math.sqrt(C)
     for number, (here, seen) in enumerate(blocks(T, window, sinks)):
         rows = queries[:, :, :, here].reshape(B * K, -1, C)  # (BK, Gn, C)
@@ -198,7 +194,9 @@ def backward_in_blocks(
 
 
 # For the compiler each pass is one operation: what it would make of the blocks is no faster and takes more memory.
-opaque_forward = torch.library.custom_op("sheepop::forward_in_blocks", forward_in_blocks, mutates_args=())
+opaque_forward = torch.library.custom_op(
+    "sheepop::forward_in_blocks", forward_in_blocks, mutates_args=(), tags=torch.Tag.nondeterministic_seeded
+)
 opaque_backward = torch.library.custom_op("sheepop::backward_in_blocks", backward_in_blocks, mutates_args=())
 
 
@@ -211,14 +209,13 @@ def shapes_of_forward(
     sinks: int,
     document_ids: Tensor | None,  # noqa: ARG001
     dropout: float,
-    keeps_weights: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return what has the shapes, types and layouts of what `forward_in_blocks` returns, for the compiler."""
     (B, H, T, C), K = query.shape, key.shape[1]
     sizes = [
         (B * K, H // K * (here.stop - here.start), seen.stop - seen.start) for here, seen in blocks(T, window, sinks)
     ]
-    weights = [query.new_empty(size) for size in sizes] if keeps_weights else []
+    weights = [query.new_empty(size) for size in sizes] if keeps(T) else []
     masks = [query.new_empty(size, dtype=torch.bool) for size in sizes] if dropout else []
     return query.new_empty(B, T, H, C).transpose(1, 2), weights, masks
 

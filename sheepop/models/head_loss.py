@@ -79,6 +79,7 @@ class HeadLoss(torch.autograd.Function):
                 torch.mul(product(errors, matrix.t()), is_real, out=hidden_gradient[start : start + rows])
             if weight_gradient is not None:
                 add_product(weight_gradient, errors.t(), (inputs * is_real).t(), is_first=start == 0)
+            del scores, errors  # before the next ones are made
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return loss
 

@@ -72,7 +72,7 @@ IS_INTEL = is_intel()
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return left (N, I) times the transpose of right (O, I), without a gradient; in `out` where that saves memory."""
+    """Return left (N, I) times the transpose of right (O, I), without a gradient; in `out` if given."""
     if not prefers_onednn(left, right):
         return torch.mm(left, right.t(), out=out)
     if out is None:
@@ -102,15 +102,16 @@ def parts_of(result: Tensor) -> Iterator[slice]:
 
 def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return left (..., I) times the transpose of right (O, I), plus a bias (O,)."""
-    if torch.compiler.is_compiling():
-        return opaque_product(left, right, bias)  # type: ignore[no-any-return]
+    return (opaque_product if torch.compiler.is_compiling() else eager_product)(left, right, bias)
+
+
+def eager_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """Do what `onednn_product` does where nothing is compiled."""
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("sheepop::opaque_product", mutates_args=())
-def opaque_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    """The same for compiled code: PyTorch's compiler takes oneDNN's operator only with weights that never change."""
-    return onednn_product(left, right, bias)
+# PyTorch's compiler takes oneDNN's own operator only with weights that never change.
+opaque_product = torch.library.custom_op("sheepop::opaque_product", eager_product, mutates_args=())
 
 
 @opaque_product.register_fake

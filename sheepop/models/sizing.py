@@ -6,6 +6,7 @@ from typing import Literal
 from sheepop.config import ModelConfig
 from sheepop.models.block_attention import keeps, suits_blocks, weights_in_blocks
 from sheepop.models.head_loss import rows_at_once
+from sheepop.models.linear import MOST_AT_ONCE
 
 CONVOLUTIONS = 2  # of a block with `conv_width` above 1: before attention and before the feed-forward
 
@@ -232,14 +233,14 @@ def logits_bytes(
 
     In fp32 on a CPU log-softmax and gradient take the logits' place. On a GPU there are two fp32 ones at a time, and
     with mixed precision on a CPU one and the gradient in the computing type. At the end there are the gradients of what
-    the head reads and of its weight; with mixed precision a chunk's part of the latter stands beside it.
+    the head reads and of its weight; with mixed precision a part of the latter (`add_product`) stands beside it.
     """
     rows = min(batch_size * context, rows_at_once(config.vocab_size, "cuda" if on_gpu else "cpu"))
     is_mixed = bytes_per_number < 4
     beside = 4 if on_gpu else bytes_per_number if is_mixed else 0
-    part = bytes_per_number if is_mixed else 0
-    gradients = config.d_model * (config.vocab_size * (4 + part) + batch_size * context * 4)
-    return rows * config.vocab_size * (4 + beside) + gradients
+    part = bytes_per_number * min(MOST_AT_ONCE, config.d_model * config.vocab_size) if is_mixed else 0
+    gradients = 4 * config.d_model * (config.vocab_size + batch_size * context)
+    return rows * config.vocab_size * (4 + beside) + gradients + part
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from sheepop.training.distributed import World
 from sheepop.training.length import measure_seconds_per_step
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.recipe import (
+    ENOUGH_STEPS,
     SHORT_MINUTES,
     TOKENS_PER_ENTRY,
     VOCABULARIES,
@@ -36,11 +38,11 @@ from sheepop.training.recipe import (
     settings_for,
     with_measured_step,
 )
-from sheepop.training.speed import MachineFacts, Probe, fit_machine, precision_of, tokens_of_step
+from sheepop.training.speed import MachineFacts, Probe, fit_machine, precision_of, tokens_of_step, with_step_time
 from sheepop.training.state import Learner, TrainingState
 from sheepop.training.step import MicroBatch, train_step
 from sheepop.utils.devices import peak_flops
-from sheepop.utils.errors import CheckpointError, DataError
+from sheepop.utils.errors import CheckpointError, ConfigError, DataError
 from sheepop.utils.files import read_json, write_json
 from sheepop.utils.logging import format_count, log
 from sheepop.utils.memory import available_bytes
@@ -55,6 +57,7 @@ OTHER_SPEED = 0.2  # from so large a difference in the number of steps on, it is
 SAMPLE_BYTES = 600_000
 SAMPLE_BYTES_A_SECOND = 10_000  # of the budget: short runs cannot pay for a large sample
 PIECE_CHARACTERS = 10_000
+COMPRESSED_BYTES = 2**14
 MEASURE_EVERY = 5  # every fifth piece is measured and not trained on
 MOST_FILES = 50  # that the sample is taken from
 MOST_CHARACTERS = 4096  # entries asked of a character tokenizer
@@ -86,17 +89,22 @@ def choose_settings(
         num_processes: that share the work.
 
     Raises:
-        ConfigError: the time is too short.
+        ConfigError: the time is too short, or 8-bit floats were asked for.
         DataError: there is no text.
     """
     asked = load_config(preset="modern", overrides=overrides)
     assert asked.training.max_minutes is not None
+    if asked.training.precision == "fp8":
+        raise ConfigError(
+            "training.precision 'fp8' is for models wider than minutes alone choose, and their steps are not timed in "
+            "it. Name the model (--preset or --config) beside the minutes, or use 'auto'."
+        )
     budget = 60 * asked.training.max_minutes
     seconds = min(MEASURED_SECONDS, MEASURED_SHARE * budget) / 2
     looked = time.perf_counter()
     log(f"choosing a run of {asked.training.max_minutes:g} minutes: a look at the text and some steps on {device}")
     text = look_at_text(asked, overrides, seconds=seconds, sample_bytes=sample_size(budget))
-    machine = measure_machine(device, seconds=seconds, num_processes=num_processes)
+    machine = measure_machine(device, seconds=seconds, num_processes=num_processes, fixed=overrides)
     left = budget - (time.perf_counter() - began)
     ranked = candidates(text, machine, seconds=left, fixed=overrides)
     timed: list[Timed] = []
@@ -107,6 +115,11 @@ def choose_settings(
         for tried, step in measured:
             outcome = with_measured_step(tried, step, text, machine, seconds=left, fixed=overrides)
             timed += [] if outcome is None else [Timed(tried, step, outcome)]
+        if measured and all(finalist.outcome.steps < ENOUGH_STEPS for finalist in timed):
+            # So much slower than by formula that another size, slowed as much, may do better than all of them.
+            tried, step = measured[0]
+            slower = with_step_time(machine, tried.config, step)
+            timed, ranked = [], candidates(text, slower, seconds=left, fixed=overrides)
     choice = rank([finalist.outcome for finalist in timed] or ranked)[0]
     for line in explain(choice, text, machine, timed):
         log(f"  {line}")
@@ -261,8 +274,10 @@ def sizes_of(kind: str, train_bytes: int, given: int | None) -> list[int]:
 
 
 def bits_of_compressor(text: bytes) -> float:
-    """Return the bits a byte that zlib needs. It looks back 32 KB, so the size of the sample hardly matters."""
-    return min(8.0, 8 * len(zlib.compress(text, 9)) / max(1, len(text)))
+    """Return the bits a byte that zlib needs for pieces of 16 KiB: of one size, as it learns from what was before."""
+    size = min(COMPRESSED_BYTES, max(1, len(text)))
+    pieces = [text[start : start + size] for start in range(0, max(1, len(text) - size + 1), size)]
+    return 8 * sum(len(zlib.compress(piece, 9)) for piece in pieces) / (size * len(pieces))
 
 
 # Width, layers, tokens and vocabulary: two of one model for what calls cost, one with the head of a real vocabulary,
@@ -274,11 +289,17 @@ PROBES = {
 PROBED_CONTEXT = 128
 
 
-def measure_machine(device: torch.device, *, seconds: float, num_processes: int = 1) -> MachineFacts:
-    """Return how fast training is on the device, from real steps of a few sizes, in about so many seconds."""
-    configs = [probed_settings(*sizes) for sizes in PROBES.get(device.type, PROBES["other"])]
+def measure_machine(
+    device: torch.device, *, seconds: float, num_processes: int = 1, fixed: Mapping[str, object] = MappingProxyType({})
+) -> MachineFacts:
+    """Return how fast training is on the device, from real steps of a few sizes, in about so many seconds.
+
+    Args:
+        fixed: dotted settings that were given, of which those of the precision matter.
+    """
+    configs = [probed_settings(*sizes, fixed=fixed) for sizes in PROBES.get(device.type, PROBES["other"])]
     precisions = [precision_of(config, device) for config in configs]
-    speeds = {precision.name: peak_flops(device, precision.autocast_dtype) for precision in precisions}
+    speeds = {each.name: peak_flops(device, each.autocast_dtype) for each in dict.fromkeys(precisions)}
     probes = [
         Probe(config, precision.name, time_steps(config, device, seconds=seconds / len(configs)))
         for config, precision in zip(configs, precisions, strict=True)
@@ -288,12 +309,13 @@ def measure_machine(device: torch.device, *, seconds: float, num_processes: int 
     )
 
 
-def probed_settings(width: int, layers: int, tokens: int, vocab_size: int) -> Config:
+def probed_settings(width: int, layers: int, tokens: int, vocab_size: int, *, fixed: Mapping[str, object]) -> Config:
     """Return the settings of the recipe's model of a size, for steps of so many tokens."""
     facts = TokenizerFacts("bpe", vocab_size, 2.0, vocab_size)
     settings = settings_for(facts, (width, layers), tokens=1e6, epoch_tokens=1e6, minutes=1.0, steps=100.0, fixed={})
     sizes = {"model.max_seq_len": PROBED_CONTEXT, "training.batch_size": tokens // PROBED_CONTEXT}
-    return load_config(preset="modern", overrides=settings | sizes)
+    precision = {key: fixed[key] for key in ("training.precision", "training.use_amp") if key in fixed}
+    return load_config(preset="modern", overrides=settings | sizes | precision)
 
 
 def time_finalists(
@@ -305,7 +327,7 @@ def time_finalists(
     """
     began = time.perf_counter()
     turns: list[list[float]] = []
-    turn = 0.0
+    turn = longest = 0.0
     for count in range(len(choices), 0, -1):
         turn = seconds / count / FINALIST_ROUNDS
         if all((1 + FINALIST_STEPS) * choice.seconds_per_step <= turn for choice in choices[:count]):
@@ -313,9 +335,13 @@ def time_finalists(
             break
     for _ in range(FINALIST_ROUNDS):
         for choice, measured in zip(choices, turns, strict=False):
-            if time.perf_counter() - began + turn <= seconds:  # not so where steps take longer than the model says
+            started = time.perf_counter()
+            if started - began + max(turn, longest) <= seconds:  # not so where steps take longer than the model says
                 share = min(turn, FINALIST_SECONDS / FINALIST_ROUNDS)
                 measured.append(time_steps(choice.config, device, seconds=share, num_processes=num_processes))
+                longest = max(longest, time.perf_counter() - started)
+    if device.type == "cuda":  # PyTorch would keep the memory, and the run to come is planned for what is free
+        torch.cuda.empty_cache()
     return [(choice, min(measured)) for choice, measured in zip(choices, turns, strict=False) if measured]
 
 

@@ -22,7 +22,7 @@ from sheepop.models.sizing import (
     training_flops_per_token,
 )
 from sheepop.training.length import total_steps_without_clock
-from sheepop.utils.devices import Precision, choose_precision
+from sheepop.training.speed import precision_of
 from sheepop.utils.memory import available_bytes, resident_bytes
 
 # What the allocator holds beyond the tensors, as a share of what comes and goes within a step. glibc (before 2.38)
@@ -267,16 +267,6 @@ def plan_memory(config: Config, device: torch.device, *, process: int, available
     allocator = round(ALLOCATOR_SHARE[device.type] * tensors.transient)
     copy = tensors.weights if training.max_minutes else 0
     return MemoryPlan(process=process, tensors=tensors, allocator=allocator, copy=copy, available=available)
-
-
-def precision_of(config: Config, device: torch.device) -> Precision:
-    """Return the precision that a run with these settings computes in."""
-    return choose_precision(
-        device,
-        use_amp=config.training.use_amp,
-        d_model=config.model.d_model,
-        asked=config.training.precision,
-    )
 
 
 def memory_now(config: Config, device: torch.device) -> MemoryPlan:

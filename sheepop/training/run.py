@@ -40,9 +40,10 @@ from sheepop.training.recipe import Choice
 from sheepop.training.run_folder import find_start, hold_folder, was_begun_by_this_launch
 from sheepop.training.saver import mark_best
 from sheepop.training.schedule import learning_rate_at
+from sheepop.training.speed import precision_of
 from sheepop.training.state import Run, TrainingState
 from sheepop.training.trainer import train
-from sheepop.utils.devices import choose_precision, resolve_device
+from sheepop.utils.devices import resolve_device
 from sheepop.utils.errors import CheckpointError, ConfigError, DataError
 from sheepop.utils.files import write_json
 from sheepop.utils.logging import format_count, log, warn
@@ -270,9 +271,7 @@ def set_up(config: Config, corpus: Corpus, *, device: torch.device, world: World
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         seed=config.seed,
     )
-    precision = choose_precision(
-        device, use_amp=training.use_amp, d_model=config.model.d_model, asked=training.precision
-    )
+    precision = precision_of(config, device)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = TransformerModel(config.model).to(device)
     if training.activation_checkpointing:

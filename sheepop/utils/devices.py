@@ -126,7 +126,8 @@ KNOWN_PEAKS = {
     "NVIDIA GeForce RTX 4090": KnownPeak(165e12, 82.6e12),
     "NVIDIA GeForce RTX 3090": KnownPeak(71e12, 35.6e12),
 }
-PEAK_SIZE = 1024  # of the square matrices whose product is timed
+PEAK_SIZES = {"cpu": 1024}  # of the square matrices whose product is timed
+PEAK_SIZE_ELSEWHERE = 4096  # long enough that starting it does not count
 PEAK_ROUNDS = 8
 
 
@@ -134,19 +135,20 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None = None) -> float:
     """Return the floating-point operations a second that the device can do at best in `dtype`; None is fp32.
 
     A known GPU answers with its data sheet. Anything else is measured, with as many threads as the run has, as the best
-    of a few products of 1024 x 1024 matrices (some tens of milliseconds): on a CPU in fp32 by the faster of
-    PyTorch's two libraries, since the model uses either.
+    of a few products of 1024 x 1024 matrices (some tens of milliseconds), on a GPU of larger ones: on a CPU in fp32 by
+    the faster of PyTorch's two libraries, since the model uses either.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for prefix, peak in KNOWN_PEAKS.items():
             if name.startswith(prefix):
                 return peak.at(dtype)
-    left = torch.ones(PEAK_SIZE, PEAK_SIZE, device=device, dtype=dtype or torch.float32)
+    size = PEAK_SIZES.get(device.type, PEAK_SIZE_ELSEWHERE)
+    left = torch.ones(size, size, device=device, dtype=dtype or torch.float32)
     products = [lambda: left @ left]
     if device.type == "cpu" and dtype is None and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         products.append(lambda: torch.ops.mkldnn._linear_pointwise(left, left, None, "none", [], ""))
-    return max(2 * PEAK_SIZE**3 / _best_seconds(product) for product in products)
+    return max(2 * size**3 / _best_seconds(product) for product in products)
 
 
 def _best_seconds(product: Callable[[], torch.Tensor]) -> float:

@@ -1,11 +1,13 @@
 import math
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sheepop.models import block_attention as blocks_of_queries
 from sheepop.models.attention import attention
 from sheepop.models.block_attention import BlockAttention, block_attention
 from sheepop.models.optimized_attention import optimized_attention
@@ -79,19 +81,20 @@ def test_gradients_of_optimized_equal_reference(sinks):
     window=st.one_of(st.just(0), st.integers(1, 220)),
     sinks=st.one_of(st.just(0), st.integers(1, 90)),
     documents=st.booleans(),
-    keeps_weights=st.booleans(),
+    most_kept=st.sampled_from([0, 256]),
     seed=st.integers(0, 1000),
 )
-def test_blocks_learn_as_the_reference(kv_heads, group, time, window, sinks, documents, keeps_weights, seed):
+def test_blocks_learn_as_the_reference(kv_heads, group, time, window, sinks, documents, most_kept, seed):
     parts = tensors(2, kv_heads * group, kv_heads, time, time, 5, seed)
     random = torch.Generator().manual_seed(seed)
     ids = (torch.rand(2, time, generator=random) < 0.05).cumsum(1) if documents else None
     wanted = torch.randn(2, kv_heads * group, time, 5, generator=random)
     results = []
-    for implementation in (attention, partial(block_attention, keeps_weights=keeps_weights)):
+    for implementation in (attention, block_attention):
         leaves = [part.clone().requires_grad_() for part in parts]
-        mixed = implementation(*leaves, window=window, sinks=sinks if window else 0, document_ids=ids)
-        mixed.backward(wanted)
+        with mock.patch.object(blocks_of_queries, "MOST_KEPT_TIME", most_kept):
+            mixed = implementation(*leaves, window=window, sinks=sinks if window else 0, document_ids=ids)
+            mixed.backward(wanted)
         results.append([mixed.detach(), *(leaf.grad for leaf in leaves)])
     for reference, blocks in zip(*results, strict=True):
         torch.testing.assert_close(blocks, reference, rtol=1e-4, atol=1e-5)
@@ -114,10 +117,11 @@ def test_training_on_a_cpu_goes_in_blocks_and_nothing_else_does(dtype, monkeypat
     assert calls == [dtype, torch.bfloat16]
 
 
-@pytest.mark.parametrize("keeps_weights", [True, False])
-def test_blocks_drop_weights_in_the_backward_pass_as_in_the_forward_pass(keeps_weights):
+@pytest.mark.parametrize("most_kept", [0, 256])
+def test_blocks_drop_weights_in_the_backward_pass_as_in_the_forward_pass(most_kept, monkeypatch):
     """The mixture is linear in the values, so that their gradient times them is the mixture times its gradient."""
-    attend = partial(block_attention, dropout=0.4, keeps_weights=keeps_weights)
+    monkeypatch.setattr(blocks_of_queries, "MOST_KEPT_TIME", most_kept)
+    attend = partial(block_attention, dropout=0.4)
     query, key, value = (part.double().requires_grad_() for part in tensors(2, 4, 2, 150, 150, 3))
     wanted = torch.randn(2, 4, 150, 3, dtype=torch.float64)
     mixed = attend(query, key, value)
@@ -139,30 +143,49 @@ def test_blocks_drop_weights_in_the_backward_pass_as_in_the_forward_pass(keeps_w
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("hides", [{}, {"window": 70, "sinks": 3}], ids=str)
-def test_weights_made_again_are_those_that_were_kept(hides, dropout, dtype):
+def test_weights_made_again_are_those_that_were_kept(hides, dropout, dtype, monkeypatch):
     parts = [part.to(dtype) for part in tensors(2, 4, 2, 150, 150, 5)]
     wanted = torch.randn(2, 4, 150, 5).to(dtype)
     ids = (torch.arange(150) > 90).long().expand(2, -1)
     results = []
-    for keeps_weights in (True, False):
+    for most_kept in (256, 0):
+        monkeypatch.setattr(blocks_of_queries, "MOST_KEPT_TIME", most_kept)
         torch.manual_seed(3)
         leaves = [part.clone().requires_grad_() for part in parts]
-        mixed = block_attention(*leaves, **hides, document_ids=ids, dropout=dropout, keeps_weights=keeps_weights)
+        mixed = block_attention(*leaves, **hides, document_ids=ids, dropout=dropout)
         mixed.backward(wanted)
         results.append([mixed.detach(), *(leaf.grad for leaf in leaves)])
     for kept, made_again in zip(*results, strict=True):
         assert torch.equal(kept, made_again)
 
 
+def heads_of_one_projection(batch_size, time):
+    """Return queries, keys and values as a model makes them: views, which a single text needs no copy of to fold."""
+    projected = torch.randn(batch_size, time, 8, 5, generator=torch.Generator().manual_seed(1)).transpose(1, 2)
+    return projected.split((4, 2, 2), dim=1)
+
+
+@pytest.mark.parametrize("time", [150, 270], ids=["kept", "made again"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_compiler_is_told_what_the_operators_return(time, batch_size):
+    parts, hides = heads_of_one_projection(batch_size, time), (70, 3, None, 0.4)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(blocks_of_queries.opaque_forward, (*parts, *hides), test_utils=tests)
+    mixed, weights, masks = blocks_of_queries.forward_in_blocks(*parts, *hides)
+    arguments = (torch.randn_like(mixed), *parts, *hides, weights, masks)
+    torch.library.opcheck(blocks_of_queries.opaque_backward, arguments, test_utils=tests)
+
+
 @pytest.mark.parametrize("time", [150, 270], ids=["kept", "made again"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_compiled_code_takes_the_same_blocks(time, dropout):
-    parts, wanted = tensors(2, 4, 2, time, time, 5), torch.randn(2, 4, time, 5)
-    ids = (torch.arange(time) > 90).long().expand(2, -1)
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_compiled_code_takes_the_same_blocks(time, dropout, batch_size):
+    parts, wanted = heads_of_one_projection(batch_size, time), torch.randn(batch_size, 4, time, 5)
+    ids = (torch.arange(time) > 90).long().expand(batch_size, -1)
     results = []
     for attend in (block_attention, torch.compile(block_attention, backend="aot_eager", fullgraph=True)):
         torch.manual_seed(3)
-        leaves = [part.clone().requires_grad_() for part in parts]
+        leaves = [part.detach().requires_grad_() for part in parts]
         mixed = attend(*leaves, window=70, sinks=3, document_ids=ids, dropout=dropout)
         mixed.backward(wanted)
         results.append([mixed.detach(), *(leaf.grad for leaf in leaves)])

@@ -148,7 +148,7 @@ def test_the_logits_are_those_of_a_chunk():
     assert logits_bytes(config, batch_size=8, context=1024) == 4 * 512 * 50257 + head
     assert logits_bytes(config, batch_size=8, context=1024, on_gpu=True) == 2 * 4 * 4096 * 50257 + head
     mixed = logits_bytes(config, batch_size=8, context=1024, bytes_per_number=2)
-    assert mixed == (4 + 2) * 512 * 50257 + head + 2 * 768 * 50257
+    assert mixed == (4 + 2) * 512 * 50257 + head + 2 * 2**22
 
 
 def test_the_optimizer_keeps_what_the_plan_says():

@@ -175,6 +175,17 @@ def test_initial_weights_have_the_documented_spread():
             assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.05), name
 
 
+def test_with_outputs_from_zero_a_new_model_passes_its_embeddings_on_and_learns():
+    torch.manual_seed(0)
+    model = TransformerModel(ModelConfig(**SIZES, **CLASSIC, zero_init_outputs=True))
+    embedded = model.head(model.final_norm(model.token_embedding(ids())))
+    torch.testing.assert_close(model(ids()), embedded)
+    model(ids(), targets=ids(seed=1)).backward()
+    outputs = [weight for name, weight in model.named_parameters() if name.endswith("output.weight")]
+    assert len(outputs) == 2 * model.config.num_layers
+    assert all(weight.grad.abs().sum() > 0 for weight in outputs)
+
+
 def test_tied_weights_are_one_matrix():
     tied, untied = make(**CLASSIC), make(**CLASSIC, tie_weights=False)
     assert tied.head.weight is tied.token_embedding.weight

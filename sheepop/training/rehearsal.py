@@ -25,12 +25,12 @@ from sheepop.training.plan import (
     plan_length,
     plan_memory,
     plan_steps,
-    precision_of,
     with_measurements,
     with_vocabulary,
 )
 from sheepop.training.plan_advice import settings_that_fit
 from sheepop.training.run import open_text, set_up
+from sheepop.training.speed import precision_of
 from sheepop.training.state import Learner, Run, TrainingState
 from sheepop.training.step import MicroBatch, train_step
 from sheepop.training.validation import sample_text, validate

@@ -386,6 +386,12 @@ def test_generate_from_a_file(place, sheepop, refused):
     assert (place / "out.jsonl").read_text(encoding="utf-8") == content
 
 
+def test_a_schema_of_megabytes(place, refused):
+    (place / "schema.json").write_text("[" + "[]," * 400_000 + "1]")
+    arguments = ["--json-schema", "schema.json"]
+    refused(2, "generate", "--checkpoint", "run", *arguments, says=["schema.json has 1200003 bytes", "1048576"])
+
+
 def test_a_prompt_that_fills_the_context_is_continued_beyond_it(place, sheepop, monkeypatch):
     arguments = ["--checkpoint", "run", "--max-new-tokens", "30"]
     code, _, err = sheepop("generate", *arguments, "--prompt", "the sheep see")
@@ -396,10 +402,18 @@ def test_a_prompt_that_fills_the_context_is_continued_beyond_it(place, sheepop, 
 
 
 def test_a_file_with_a_prompt_longer_than_the_context(place, sheepop, refused):
-    lines = ['{"prompt": "the"}', "", '{"prompt": "the sheep sees"}', '{"prompt": "a"}', '{"prompt": "the hill sees the"}']
+    lines = [
+        '{"prompt": "the"}',
+        "",
+        '{"prompt": "the sheep sees"}',
+        '{"prompt": "a"}',
+        '{"prompt": "the hill sees the"}',
+    ]
     (place / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     arguments = ["generate", "--checkpoint", "run", "--prompts", "prompts.jsonl", "--output", "out.jsonl"]
-    refused(3, *arguments, says=["nothing was run", "line 3: The prompt has 15 tokens", "line 5: The prompt has 18", "Mend"])
+    refused(
+        3, *arguments, says=["nothing was run", "line 3: The prompt has 15 tokens", "line 5: The prompt has 18", "Mend"]
+    )
     assert not (place / "out.jsonl").exists()
 
 
@@ -417,26 +431,34 @@ def leave_free(monkeypatch):
 @pytest.mark.parametrize(
     ("free", "arguments", "says"),
     [
-        (100_000, ["--num-samples", "1000"], ["1000 x 200 tokens", "MB of memory, but 100.0 kB are free", "fewer samples"]),
+        (
+            100_000,
+            ["--num-samples", "1000"],
+            ["1000 x 200 tokens", "MB of memory, but 100.0 kB are free", "fewer samples"],
+        ),
         (100_000, ["--max-new-tokens", str(10**12)], ["TB of memory", "fewer samples or tokens"]),
-        (100_000, ["--num-samples", "1000", "--speculate", "lookup"], ["1000 samples", "16.1 MB", "fewer samples"]),
+        (100_000, ["--num-samples", "1000", "--speculate", "lookup"], ["1000 samples", "8.1 MB", "fewer samples"]),
         (100_000, ["--num-samples", "1000", "--speculate", "run"], ["16000 tokens take", "2.6 MB", "less at a time"]),
         (1000, ["--speculate", "lookup"], ["16 tokens take 2.6 kB of memory, but 1.0 kB are free"]),
     ],
 )
 def test_samples_that_do_not_fit_into_memory(refused, leave_free, free, arguments, says):
     leave_free(free)
-    refused(2, "generate", "--checkpoint", "run", "--prompt", "the sheep", *arguments, says=says)
+    refused(2, "generate", "--checkpoint", "run", "--prompt", "the sheep", "--json", *arguments, says=says)
 
 
 def test_a_line_of_a_file_that_does_not_fit_into_memory(place, sheepop, refused, leave_free):
     lines = ['{"prompt": "the"}', '{"prompt": "a", "num_samples": 100000}']
     (place / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     arguments = ["generate", "--checkpoint", "run", "--prompts", "prompts.jsonl", "--output", "out.jsonl"]
-    leave_free(10**9)
-    refused(3, *arguments, says=["nothing was run", "line 2: To keep 100000 samples in mind takes 1.6 GB", "1.0 GB are"])
+    leave_free(10**8)
+    refused(
+        3, *arguments, says=["nothing was run", "line 2: To keep 100000 samples in mind takes 801.6 MB", "100.0 MB are"]
+    )
     leave_free(5200)
-    refused(2, *arguments, "--batch-size", "4", "--speculate", "run", says=["64 tokens take 10.2 kB", "5.2 kB are free"])
+    refused(
+        2, *arguments, "--batch-size", "4", "--speculate", "run", says=["64 tokens take 10.2 kB", "5.2 kB are free"]
+    )
     assert not (place / "out.jsonl").exists()
 
 

@@ -37,7 +37,7 @@ from sheepop.utils.memory import check_available
 from sheepop.utils.seeds import derive_seed
 
 NO_GUESS = Guess([])
-STREAM_BYTES = 16_000  # of a sample that waits, at the most: its record and the states of its random numbers
+STREAM_BYTES = 8_000  # of a sample that waits: its record and the states of its random numbers, and what callers keep
 
 
 @dataclass(frozen=True)

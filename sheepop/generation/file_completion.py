@@ -105,9 +105,7 @@ def check_prompts(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt
         raise unusable_lines("The file of prompts", problems)
 
 
-def request_of(
-    prompt: Prompt, tokenizer: Tokenizer, constrain: Callable[[], Constraint] | None = None
-) -> Request:
+def request_of(prompt: Prompt, tokenizer: Tokenizer, constrain: Callable[[], Constraint] | None = None) -> Request:
     """Return what a line asks of the engine."""
     options = prompt.options
     return Request(

@@ -25,6 +25,8 @@ from sheepop.utils.errors import ConfigError
 from sheepop.utils.files import to_json
 from sheepop.utils.logging import log
 
+LARGEST_GRAMMAR = 2**20  # bytes; one of a few more takes seconds and hundreds of megabytes to compile
+
 
 def check_combination(
     *,
@@ -70,7 +72,7 @@ def read_grammar(json_schema: Path | None, regex: str | None, lark: Path | None)
     """Return what the output has to follow, of which at most one is given.
 
     Raises:
-        ConfigError: two are given, or a file cannot be read.
+        ConfigError: two are given, or a file cannot be read, or is larger than any grammar.
     """
     given: dict[GrammarKind, Path | str | None] = {"json_schema": json_schema, "regex": regex, "lark": lark}
     grammars = [(kind, source) for kind, source in given.items() if source is not None]
@@ -81,11 +83,14 @@ def read_grammar(json_schema: Path | None, regex: str | None, lark: Path | None)
     ((kind, source),) = grammars
     if isinstance(source, str):
         return Grammar(kind, source)
+    name = f"The {kind.replace('_', ' ')} {source}"
     try:
+        if source.stat().st_size > LARGEST_GRAMMAR:
+            raise ConfigError(f"{name} has {source.stat().st_size} bytes, of which {LARGEST_GRAMMAR} are the most.")
         return Grammar(kind, source.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"The {kind.replace('_', ' ')} {source} cannot be read: {why}.") from None
+        raise ConfigError(f"{name} cannot be read: {why}.") from None
 
 
 def generate_text(

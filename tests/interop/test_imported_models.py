@@ -155,7 +155,7 @@ def test_its_inside_is_seen(imported):
     model, tokenizer = load_model_and_tokenizer(imported, "cpu")
     seen = trace_text(model, tokenizer, "The sheep")
     with torch.inference_mode():
-        expected = model(torch.tensor([seen.token_ids]))[0]
+        expected = model(torch.as_tensor(seen.token_ids)[None])[0]
     torch.testing.assert_close(seen["logits"], expected, rtol=1e-4, atol=1e-4)
 
 

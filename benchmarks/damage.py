@@ -1,7 +1,8 @@
-"""Files of other formats, damaged in every way that is cheap to think of; what reading them costs is measured.
+"""Files of other formats, of prompts and of grammars, damaged in every way that is cheap to think of.
 
-`damaged_files.py` shows the worst of thousands; `tests/interop/test_damaged_files.py` tries some hundreds by it. Whole
-files of llama2.c and nanoGPT are those of the tests beside that one.
+What reading them costs is measured. `damaged_files.py` shows the worst of thousands; `tests/interop/
+test_damaged_files.py` tries some hundreds by it. Whole files of llama2.c and nanoGPT are those of the tests beside that
+one, and so are the GGUF files that ask for much.
 """
 
 import copy
@@ -14,17 +15,22 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from sheepop.config import ModelConfig, load_config
 from sheepop.data.tokenizer import Tokenizer
+from sheepop.generation.grammar import Grammar, GrammarCompiler
+from sheepop.generation.prompt_file import PromptOptions, read_prompts
+from sheepop.generation.sampling import SamplingSettings
+from sheepop.generation.terminal import read_grammar
 from sheepop.interop.convert import export_model, import_model
 from sheepop.interop.imported import write_imported
 from sheepop.models.pretrained import stored_weights
 from sheepop.models.transformer import TransformerModel
-from sheepop.utils.errors import CheckpointError
+from sheepop.utils.errors import CheckpointError, ConfigError, DataError, SheepopError
 from sheepop.utils.memory import forget_peak, peak_resident_bytes, resident_bytes
 from sheepop.utils.runtime import return_freed_memory
 
@@ -40,16 +46,20 @@ SHAPES = [[], [0], [-1], [HUGE, HUGE], [2**63], [2**64], [10**30], [1] * 5000, "
 
 @dataclass(frozen=True)
 class Source:
-    """What is imported, the tokenizer that goes with it, and the file of it that is damaged."""
+    """The file that is damaged, what reads it, given a place for output, and the one kind of error that this may be."""
 
-    path: Path
-    tokenizer: Path | None
     victim: Path
+    read: Callable[[Path], object]
+    error: type[SheepopError] = CheckpointError
+
+
+def imported(path: Path, victim: Path, tokenizer: Path | None = None) -> Source:
+    return Source(victim, partial(import_model, path, tokenizer=tokenizer))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an import; `error` is the kind of what was raised, empty for nothing."""
+    """What became of reading a file; `error` is the kind of what was raised, empty for nothing."""
 
     error: str
     seconds: float
@@ -61,18 +71,30 @@ def a_tokenizer(vocab_size: int = 283) -> Tokenizer:
     return Tokenizer.train("bpe", texts * 4, vocab_size=vocab_size)
 
 
-def huggingface(folder: Path, victim: str) -> Source:
+def checkpoint(folder: Path) -> Path:
     tokenizer = a_tokenizer()
     sizes = {"d_model": 40, "num_layers": 2, "num_heads": 4, "d_ff": 44, "max_seq_len": 23, "dropout": 0.0}
     overrides = {f"model.{key}": value for key, value in (sizes | {"vocab_size": tokenizer.vocab_size}).items()}
     config = load_config(preset="modern", overrides=overrides).model
     write_imported(folder / "ours", config, stored_weights(TransformerModel(config)), tokenizer)
-    export_model(folder / "ours", folder / "hf", file_format="hf")
+    return folder / "ours"
+
+
+def huggingface(folder: Path, victim: str) -> Source:
+    export_model(checkpoint(folder), folder / "hf", file_format="hf")
     if victim == "model.safetensors.index.json":
         part = folder / "hf/part.safetensors"
         (folder / "hf/model.safetensors").rename(part)
         (folder / "hf" / victim).write_text(json.dumps({"weight_map": {"lm_head.weight": part.name, "x": part.name}}))
-    return Source(folder / "hf", None, folder / "hf" / victim)
+    if victim == "generation_config.json":
+        (folder / "hf" / victim).write_text('{"bos_token_id": 0, "eos_token_id": [0], "_from_model_config": true}')
+    return imported(folder / "hf", folder / "hf" / victim)
+
+
+def gguf(folder: Path) -> Source:
+    path = folder / "model.gguf"
+    export_model(checkpoint(folder), path, file_format="gguf")
+    return imported(path, path)
 
 
 def llama2c(folder: Path, victim: str) -> Source:
@@ -80,35 +102,78 @@ def llama2c(folder: Path, victim: str) -> Source:
     sizes = {"d_model": 24, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "d_ff": 20, "max_seq_len": 13}
     family = {"norm": "rmsnorm", "activation": "swiglu", "dropout": 0.0}
     write_model(folder / "model.bin", TransformerModel(ModelConfig(vocab_size=vocab_size, **sizes | family)))
-    return Source(folder / "model.bin", None, folder / victim)
+    return imported(folder / "model.bin", folder / victim)
 
 
 def nanogpt(folder: Path) -> Source:
     a_tokenizer(270).save(folder / "tokenizer.json")
     torch.save({"model": random_weights(True), "model_args": ARGUMENTS}, folder / "ckpt.pt")
-    return Source(folder / "ckpt.pt", folder / "tokenizer.json", folder / "ckpt.pt")
+    return imported(folder / "ckpt.pt", folder / "ckpt.pt", folder / "tokenizer.json")
+
+
+def prompts(folder: Path) -> Source:
+    path, defaults = folder / "prompts.jsonl", PromptOptions(SamplingSettings(), max_new_tokens=20, seed=7)
+    own = {"temperature": 0.5, "top_k": 3, "max_new_tokens": 2, "seed": 5, "num_samples": 2, "stop": ["x", "y"]}
+    records = [{"prompt": "The old ewe", "id": 17}, {"prompt": "The young dog", **own}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return Source(path, lambda _: read_prompts(path, defaults), DataError)
+
+
+def json_schema(folder: Path) -> Source:
+    path = folder / "schema.json"
+    name = {"type": "string", "minLength": 2, "maxLength": 9, "pattern": "^[a-z]+$"}
+    ages = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 3}
+    parts = {"name": name, "ages": ages, "kind": {"enum": ["sheep", "dog", 3]}, "more": {"$ref": "#/$defs/more"}}
+    more = {"anyOf": [{"type": "number"}, {"type": "object", "properties": {"more": {"$ref": "#/$defs/more"}}}]}
+    schema = {"type": "object", "properties": parts, "required": ["name"], "$defs": {"more": more}}
+    path.write_text(json.dumps(schema))
+    return grammar_file(path, lambda: read_grammar(path, None, None))
+
+
+def lark(folder: Path) -> Source:
+    path = folder / "grammar.lark"
+    path.write_text('start: noun (" and " noun)* "."\nnoun: ARTICLE " " /[a-z]{2,9}/\nARTICLE: "the" | "a"\n')
+    return grammar_file(path, lambda: read_grammar(None, None, path))
+
+
+def grammar_file(path: Path, read: Callable[[], Grammar | None]) -> Source:
+    compiler = GrammarCompiler(a_tokenizer(), 283)
+
+    def compiled(_: Path) -> None:
+        grammar = read()
+        assert grammar is not None
+        constraint = compiler.compile(grammar.kind, grammar.text)()
+        constraint.allowed([])
+
+    return Source(path, compiled, ConfigError)
 
 
 KINDS: dict[str, Callable[[Path], Source]] = {
     "safetensors": lambda folder: huggingface(folder, "model.safetensors"),
     "config.json": lambda folder: huggingface(folder, "config.json"),
     "tokenizer.json": lambda folder: huggingface(folder, "tokenizer.json"),
+    "tokenizer_config.json": lambda folder: huggingface(folder, "tokenizer_config.json"),
+    "generation_config.json": lambda folder: huggingface(folder, "generation_config.json"),
     "index": lambda folder: huggingface(folder, "model.safetensors.index.json"),
     "llama2.c": lambda folder: llama2c(folder, "model.bin"),
     "llama2.c tokenizer": lambda folder: llama2c(folder, "tokenizer.bin"),
     "nanoGPT": nanogpt,
+    "GGUF": gguf,
+    "prompts": prompts,
+    "JSON schema": json_schema,
+    "Lark grammar": lark,
 }
 
 
 def attempt(source: Source, content: bytes, output: Path) -> Outcome:
-    """Import the source with its victim's content replaced; put it back afterwards."""
+    """Read the source with its victim's content replaced; put it back afterwards."""
     good = source.victim.read_bytes()
     source.victim.write_bytes(content)
     return_freed_memory()
     forget_peak()
     before, begin, error = resident_bytes(), time.process_time(), ""
     try:
-        import_model(source.path, output, tokenizer=source.tokenizer)
+        source.read(output)
     except Exception as raised:
         error = type(raised).__name__
     seconds, grown = time.process_time() - begin, peak_resident_bytes() - before - len(content)
@@ -117,9 +182,9 @@ def attempt(source: Source, content: bytes, output: Path) -> Outcome:
     return Outcome(error, seconds, grown)
 
 
-def is_within_bounds(outcome: Outcome) -> bool:
-    """Say whether an import succeeded or failed as it should: one kind of error, one second, 200 megabytes."""
-    return outcome.error in ("", CheckpointError.__name__) and outcome.seconds < 1 and outcome.grown < 200e6
+def is_within_bounds(source: Source, outcome: Outcome) -> bool:
+    """Say whether reading succeeded or failed as it should: one kind of error, one second, 200 megabytes."""
+    return outcome.error in ("", source.error.__name__) and outcome.seconds < 1 and outcome.grown < 200e6
 
 
 def mutations(kind: str, good: bytes, count: int, seed: int = 8) -> Iterator[bytes]:
@@ -236,26 +301,62 @@ def pt(content: object) -> bytes:
     return file.getvalue()
 
 
+def other_gguf(good: bytes, numbers: random.Random) -> bytes:
+    """Return a GGUF file with absurd numbers where its header has counts, lengths and types."""
+    content, end = bytearray(good), good.index(b"token_embd.weight") + 4000
+    for _ in range(numbers.randint(1, 3)):
+        at, form = numbers.choice((4, 8, 16, 24, numbers.randrange(4, end))), numbers.choice("<I <Q".split())
+        value = numbers.choice([0, 1, HUGE - 1, 2**32 - 1, 2**32, 2**63, 2**64 - 1, 10**12, len(good), len(good) * 8])
+        content[at : at + struct.calcsize(form)] = struct.pack(form, value & (2 ** (8 * struct.calcsize(form)) - 1))
+    return bytes(content)
+
+
+def other_prompts(good: bytes, numbers: random.Random) -> bytes:
+    """Return prompts of which one line has other values."""
+    lines = good.splitlines(keepends=True)
+    chosen = numbers.randrange(len(lines))
+    lines[chosen] = other_json(lines[chosen], numbers) + b"\n"
+    return b"".join(lines)
+
+
 CHANGES = {
     "safetensors": other_safetensors,
     "config.json": other_json,
     "tokenizer.json": other_json,
+    "tokenizer_config.json": other_json,
+    "generation_config.json": other_json,
     "index": other_json,
     "llama2.c": other_llama2c,
     "nanoGPT": other_pt,
+    "GGUF": other_gguf,
+    "prompts": other_prompts,
+    "JSON schema": other_json,
 }
+IS_JSON = ("index", "prompts", "JSON schema")  # and what is called so
 
 
 def greedy(kind: str, good: bytes) -> Iterator[bytes]:
     """Yield files that ask for much memory or time, or for a deep stack."""
     yield from (b"", b"\0", good[:-1], good + b"\0", good * 2)
-    if kind.endswith(".json") or kind == "index":
+    if kind.endswith(".json") or kind in IS_JSON:
         yield from (b"[" * 10**6, b'{"a":' * 10**5, b'{"a":' + b"[" * 900 + b"]" * 900 + b"}")
         yield b'{"vocab_size": ' + b"9" * 10**6 + b"}"
         yield b'{"model_type": "llama", "vocab_size": 1e999, "hidden_size": NaN}'
         yield b'{"a": [' + b"[]," * 10**7 + b"[]]}"  # thirty megabytes of text, twenty times as much as objects
         yield b'{"a": "' + b"\\u0000" * 5 * 10**6 + b'"}'
         yield b"\xff\xfe" + good
+    if kind == "GGUF":
+        from test_gguf import GREEDY_FILES  # which needs the package gguf
+
+        yield from (make() for make in GREEDY_FILES.values())
+    if kind == "prompts":
+        yield b"{}\n" * 10**7
+        yield b'{"prompt": "", "num_samples": ' + b"9" * 4000 + b"}"
+    if kind == "Lark grammar":
+        yield b"start: " + b"(" * 10**5 + b'"a"' + b")" * 10**5
+        yield b"start: " + b'"a" ' * 10**6
+        yield b"start: /" + b"(a{1,1000}){1,1000}" * 20 + b"/"
+        yield b'start: start start | "a"\n' * 10**4
     if kind == "tokenizer.json":
         for change in (
             lambda layout: layout["added_tokens"][0].update(id=2**32 - 1),

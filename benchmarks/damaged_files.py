@@ -1,4 +1,4 @@
-"""What damaged files cost to refuse: the worst time and memory over many mutations of each format beside GGUF.
+"""What damaged files cost to refuse: the worst time and memory over many mutations of each kind.
 
 python benchmarks/damaged_files.py --count 300
 
@@ -39,7 +39,7 @@ def main() -> None:
                 "errors": ", ".join(f"{count} {name}" for name, count in errors.items()),
                 "seconds": max(outcome.seconds for outcome in outcomes),
                 "MB": max(outcome.grown for outcome in outcomes) / 1e6,
-                "beyond bounds": sum(not is_within_bounds(outcome) for outcome in outcomes),
+                "beyond bounds": sum(not is_within_bounds(source, outcome) for outcome in outcomes),
             }
         )
     show(f"damaged files, seed {options.seed}: the worst of each", rows)

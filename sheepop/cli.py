@@ -34,6 +34,7 @@ ConfigFile = Annotated[Path | None, typer.Option(help="JSON file with settings")
 Preset = Annotated[str | None, typer.Option(help="named settings: classic, modern, gpt2, nano")]
 MINUTES = "be done in this time, start and end included; without --config and --preset also choose all else for it"
 Bits = Literal["int8", "int4"]
+CacheBits = Literal["int8"]
 Compiles = Annotated[
     bool,
     typer.Option("--compile", help="compile the whole step of a token first, which takes half a minute and is kept"),
@@ -348,6 +349,10 @@ def generate(
     quantize: Annotated[
         Bits | None, typer.Option(help="round the weights to fewer bits first: less memory, and faster on a CPU")
     ] = None,
+    cache: Annotated[
+        CacheBits | None,
+        typer.Option(help="keep keys and values in 8 bits: a third of the memory, slower, and the text may differ"),
+    ] = None,
     speculate: Annotated[
         str | None,
         typer.Option(help="guess tokens ahead and check them: lookup, or the checkpoint of a small model (PATH)"),
@@ -385,6 +390,7 @@ def generate(
         optimized=optimized,
         speculate=speculate,
         grammar=followed,
+        int8_cache=cache is not None,
         compiles=compiles,
     )
     common: dict[str, Any] = {
@@ -395,6 +401,7 @@ def generate(
         "quantization": quantize,
         "speculate": speculate,
         "grammar": followed,
+        "int8_cache": cache is not None,
         "device": device or "auto",
         "as_json": as_json,
     }

@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import math
 import os
@@ -250,6 +251,10 @@ def test_a_checkpoint_that_cannot_be_resumed(place, refused):
         (["--compile", "--no-optimized"], ["--compile", "--no-optimized"]),
         (["--compile", "--regex", "a"], ["--compile", "grammar"]),
         (["--compile", "--speculate", "lookup"], ["--compile", "--speculate"]),
+        (["--compile", "--cache", "int8"], ["--compile", "--cache"]),
+        (["--cache", "int8", "--no-optimized"], ["--cache", "--no-optimized"]),
+        (["--prompt", "the sheep sees"], ["15 tokens", "14 at the most", "Shorten"]),
+        (["--prompt", "the sheep sees", "--no-optimized", "--num-samples", "2"], ["15 tokens", "14 at the most"]),
         (["--regex", "a", "--json-schema", "hill.txt"], ["--json-schema", "--regex", "give one"]),
         (["--grammar", "nowhere.lark"], ["lark nowhere.lark", "No such file"]),
         (["--json-schema", "hill.txt"], ["json schema cannot be used"]),
@@ -379,6 +384,91 @@ def test_generate_from_a_file(place, sheepop, refused):
     (place / "prompts.jsonl").write_text("\n".join([*lines, "wool"]), encoding="utf-8")
     refused(3, *arguments, says=["prompts.jsonl", "line 3"])
     assert (place / "out.jsonl").read_text(encoding="utf-8") == content
+
+
+def test_a_schema_of_megabytes(place, refused):
+    (place / "schema.json").write_text("[" + "[]," * 400_000 + "1]")
+    arguments = ["--json-schema", "schema.json"]
+    refused(2, "generate", "--checkpoint", "run", *arguments, says=["schema.json has 1200003 bytes", "1048576"])
+
+
+def test_a_prompt_that_fills_the_context_is_continued_beyond_it(place, sheepop, monkeypatch):
+    arguments = ["--checkpoint", "run", "--max-new-tokens", "30"]
+    code, _, err = sheepop("generate", *arguments, "--prompt", "the sheep see")
+    assert code == 0
+    assert "the context of 14 tokens is full" in err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the old dog sees the sheep\nand\n\n"))
+    assert sheepop("chat", *arguments)[0] == 0  # a talk goes on
+
+
+def test_a_file_with_a_prompt_longer_than_the_context(place, sheepop, refused):
+    lines = [
+        '{"prompt": "the"}',
+        "",
+        '{"prompt": "the sheep sees"}',
+        '{"prompt": "a"}',
+        '{"prompt": "the hill sees the"}',
+    ]
+    (place / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    arguments = ["generate", "--checkpoint", "run", "--prompts", "prompts.jsonl", "--output", "out.jsonl"]
+    refused(
+        3, *arguments, says=["nothing was run", "line 3: The prompt has 15 tokens", "line 5: The prompt has 18", "Mend"]
+    )
+    assert not (place / "out.jsonl").exists()
+
+
+@pytest.fixture
+def leave_free(monkeypatch):
+    """Let the machine have so many bytes of memory left."""
+
+    def leave(number):
+        for module in ("utils.memory", "models.paged_cache"):
+            monkeypatch.setattr(f"sheepop.{module}.available_bytes", lambda device: number)
+
+    return leave
+
+
+@pytest.mark.parametrize(
+    ("free", "arguments", "says"),
+    [
+        (
+            100_000,
+            ["--num-samples", "1000"],
+            ["1000 x 200 tokens", "MB of memory, but 100.0 kB are free", "fewer samples"],
+        ),
+        (100_000, ["--max-new-tokens", str(10**12)], ["TB of memory", "fewer samples or tokens"]),
+        (100_000, ["--num-samples", "1000", "--speculate", "lookup"], ["1000 samples", "8.1 MB", "fewer samples"]),
+        (100_000, ["--num-samples", "1000", "--speculate", "run"], ["16000 tokens take", "2.6 MB", "less at a time"]),
+        (1000, ["--speculate", "lookup"], ["16 tokens take 2.6 kB of memory, but 1.0 kB are free"]),
+    ],
+)
+def test_samples_that_do_not_fit_into_memory(refused, leave_free, free, arguments, says):
+    leave_free(free)
+    refused(2, "generate", "--checkpoint", "run", "--prompt", "the sheep", "--json", *arguments, says=says)
+
+
+def test_a_line_of_a_file_that_does_not_fit_into_memory(place, sheepop, refused, leave_free):
+    lines = ['{"prompt": "the"}', '{"prompt": "a", "num_samples": 100000}']
+    (place / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    arguments = ["generate", "--checkpoint", "run", "--prompts", "prompts.jsonl", "--output", "out.jsonl"]
+    leave_free(10**8)
+    refused(
+        3, *arguments, says=["nothing was run", "line 2: To keep 100000 samples in mind takes 801.6 MB", "100.0 MB are"]
+    )
+    leave_free(5200)
+    refused(
+        2, *arguments, "--batch-size", "4", "--speculate", "run", says=["64 tokens take 10.2 kB", "5.2 kB are free"]
+    )
+    assert not (place / "out.jsonl").exists()
+
+
+def test_keys_and_values_in_8_bits(place, sheepop):
+    arguments = ["generate", "--checkpoint", "run", "--cache", "int8", "--max-new-tokens", "30"]
+    code, out, _ = sheepop(*arguments, "--prompt", "the", "--num-samples", "2", "--json")
+    assert (code, len(json.loads(out)["completions"])) == (0, 2)
+    (place / "prompts.jsonl").write_text('{"prompt": "the"}', encoding="utf-8")
+    code, out, _ = sheepop(*arguments, "--prompts", "prompts.jsonl", "--output", "out.jsonl")
+    assert (code, out) == (0, "out.jsonl\n")
 
 
 def test_evaluate_json(place, sheepop):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sheepop.generation.engine import TOKEN_BYTES
 from sheepop.generation.generate import (
     Continuation,
     FinishReason,
@@ -31,9 +32,12 @@ from sheepop.models.int8_cache import Int8PagedCache
 from sheepop.models.paged_cache import PagedCache, pages_in_memory
 from sheepop.models.transformer import TransformerModel
 from sheepop.utils.errors import ConfigError
+from sheepop.utils.logging import format_bytes
+from sheepop.utils.memory import check_available
 from sheepop.utils.seeds import derive_seed
 
 NO_GUESS = Guess([])
+STREAM_BYTES = 8_000  # of a sample that waits: its record and the states of its random numbers, and what callers keep
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Engine:
         speculator: guesses tokens ahead.
 
     Raises:
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range, or the pages do not fit into the memory that is free.
     """
 
     def __init__(
@@ -105,7 +109,7 @@ class Engine:
         if num_pages is None:
             wanted = max_batch_size * -(-self.max_seq_len // page_size)
             page_bytes = kind.page_bytes(model.config, page_size, dtype)
-            num_pages = min(wanted, pages_in_memory(page_bytes, model.device))
+            num_pages = min(wanted, max(1, pages_in_memory(page_bytes, model.device)))
         self.cache = kind(model.config, num_pages, page_size, device=model.device, dtype=dtype)
         self.counters = Counters()
         self._runner = runner or ModelRunner(model)
@@ -125,20 +129,10 @@ class Engine:
         """Take on a request, to join at the next step; return the number that its events carry.
 
         Raises:
-            ConfigError: an option is out of range, or the pages could never hold the request.
-            CheckpointError: a token is not in the model's vocabulary.
+            ConfigError, CheckpointError: as `check`.
         """
+        prompt = self.check(request)
         model, end = self.model, request.end_of_text_id
-        prompt = check_request(
-            model, request.prompt_ids, request.settings, request.max_new_tokens, request.num_samples, end
-        )
-        request.validate(model.config.vocab_size)
-        longest = min(len(prompt) + max(request.max_new_tokens - 1, 0), self.max_seq_len)  # the last one is not stored
-        if self.cache.pages_for(longest) > self.cache.num_pages:
-            raise ConfigError(
-                f"The request needs a cache of {longest} tokens, but there is room for "
-                f"{self.cache.num_pages * self.cache.page_size}. Ask for fewer tokens, or give the engine more pages."
-            )
         request_id, self._next_id = self._next_id, self._next_id + 1
         for sample in range(request.num_samples):
             scores_prompt = request.prompt_logprobs is not None and sample == 0
@@ -163,6 +157,42 @@ class Engine:
                 )
             )
         return request_id
+
+    def check(self, request: Request) -> list[int]:
+        """Check what was asked for, and return the tokens to start from.
+
+        Raises:
+            ConfigError: an option is out of range, or the pages could never hold the request, or the memory that is
+                free all of its samples.
+            CheckpointError: a token is not in the model's vocabulary.
+        """
+        prompt = check_request(
+            self.model,
+            request.prompt_ids,
+            request.settings,
+            request.max_new_tokens,
+            request.num_samples,
+            request.end_of_text_id,
+        )
+        request.validate(self.model.config.vocab_size)
+        longest = min(len(prompt) + max(request.max_new_tokens - 1, 0), self.max_seq_len)  # the last one is not stored
+        needed, cache = self.cache.pages_for(longest), self.cache
+        if needed > cache.num_pages:
+            page_bytes = cache.page_bytes(self.model.config, cache.page_size, cache.dtype)
+            raise ConfigError(
+                f"The request needs a cache of {longest} tokens ({format_bytes(needed * page_bytes)}), but there is "
+                f"room for {cache.num_pages * cache.page_size} ({format_bytes(cache.num_pages * page_bytes)}). Ask for "
+                "fewer tokens, or free memory, half of which is used at the most; a program can also give the engine "
+                "more pages."
+            )
+        if request.num_samples > 1:
+            check_available(
+                request.num_samples * (STREAM_BYTES + TOKEN_BYTES * len(prompt)),
+                torch.device("cpu"),
+                f"To keep {request.num_samples} samples in mind takes",
+                "Ask for fewer samples at a time.",
+            )
+        return prompt
 
     def cancel(self, request_id: int, sample: int | None = None) -> None:
         """End a request, or one of its samples, without another event; nothing happens if it has ended already."""

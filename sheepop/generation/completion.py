@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 from sheepop.data.tokenizer import StreamDecoder, Tokenizer
 from sheepop.generation.batching import Engine, generate_batched
@@ -62,6 +62,7 @@ def complete(
     decode: Decode | None = None,
     speculator: Speculator | None = None,
     constrain: Callable[[], Constraint] | None = None,
+    int8_cache: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Let the model continue a text, as if the text began a document.
@@ -79,18 +80,21 @@ def complete(
         decode: computes single tokens in the model's place, if optimized (`decoder_for`).
         speculator: guesses tokens ahead, for what is optimized.
         constrain: makes what each sample has to follow, for what is optimized (`grammar.py`).
+        int8_cache: keep keys and values in 8 bits, for what is optimized; the logits then differ a little.
         on_text: called with the pieces of sample 0's text as they come; whole characters only, and never the
             beginning of a stop string. Together they are the sample's text.
 
     Raises:
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range, or there is not enough memory.
         CheckpointError: model and tokenizer do not fit, or the model's scores are not finite.
     """
     if "" in stop:
         raise ConfigError("A stop string is empty; leave it out, or give at least one character.")
-    transcripts = [
-        Transcript(tokenizer, stop, on_text if sample == 0 else None) for sample in range(max(num_samples, 0))
-    ]
+
+    @cache
+    def transcript(sample: int) -> Transcript:
+        return Transcript(tokenizer, stop, on_text if sample == 0 else None)
+
     began = time.perf_counter()
     first_token_at = began
 
@@ -98,12 +102,12 @@ def complete(
         nonlocal first_token_at
         if first_token_at == began:
             first_token_at = time.perf_counter()
-        return transcripts[sample].add(token_id)
+        return transcript(sample).add(token_id)
 
-    prompt_ids, end = [*tokenizer.start_ids, *tokenizer.encode(prompt)], tokenizer.end_of_text_id
-    if optimized and (speculator is not None or constrain is not None):
-        rows = max(num_samples, 1)
-        engine = Engine(model, max_batch_size=rows, runner=runner_for(model), speculator=speculator)
+    prompt_ids, end = prompt_tokens(tokenizer, prompt), tokenizer.end_of_text_id
+    if optimized and (speculator is not None or constrain is not None or int8_cache):
+        rows, runner = max(num_samples, 1), runner_for(model)
+        engine = Engine(model, max_batch_size=rows, int8_cache=int8_cache, runner=runner, speculator=speculator)
         request = Request(prompt_ids, settings, max_new_tokens, seed, num_samples, end, constrain=constrain)
         continuations = generate_batched(engine, request, on_token)
     else:
@@ -122,12 +126,17 @@ def complete(
     return Generation(
         prompt=prompt,
         completions=[
-            Completion(transcript.finish(), continuation.token_ids, continuation.finish_reason)
-            for transcript, continuation in zip(transcripts, continuations, strict=True)
+            Completion(transcript(sample).finish(), continuation.token_ids, continuation.finish_reason)
+            for sample, continuation in enumerate(continuations)
         ],
         tokens_per_second=decoded / seconds if decoded else 0.0,
         time_to_first_token_seconds=first_token_at - began,
     )
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Return the tokens of a prompt as the beginning of a document."""
+    return [*tokenizer.start_ids, *tokenizer.encode(prompt)]
 
 
 class Transcript:

@@ -22,9 +22,10 @@ from sheepop.generation.generate import (
 )
 from sheepop.generation.sampling import SamplingSettings, sample_tokens
 from sheepop.models.kv_cache import KVCache
-from sheepop.models.sizing import count_parameters
+from sheepop.models.sizing import count_parameters, kv_cache_bytes
 from sheepop.models.transformer import TransformerModel, inference
 from sheepop.utils.logging import log
+from sheepop.utils.memory import check_available
 
 if TYPE_CHECKING:
     from sheepop.generation.compiled_decoding import CompiledDecoder
@@ -44,6 +45,7 @@ class Decode(Protocol):
 LITTLE_WORK = 4_000_000
 CAPACITY_STEP = 256  # a compiled step is for one capacity, so that few of them shall serve all texts
 NOTICEABLE_SECONDS = 3.0  # compiled kernels are loaded in less
+TOKEN_BYTES = torch.int64.itemsize
 
 
 def generate_cached(
@@ -66,19 +68,20 @@ def generate_cached(
     in the model's place (`decoder_for`).
 
     Raises:
-        ConfigError, CheckpointError: as `generate_naive`.
+        ConfigError, CheckpointError: as `generate_naive`; also if the samples do not fit into the memory that is free.
     """
     prompt = check_request(model, prompt_ids, settings, max_new_tokens, num_samples, end_of_text_id)
     said_from = text_start(prompt, end_of_text_id)
     max_seq_len, device = model.config.max_seq_len, model.device
     longest = len(prompt) + max_new_tokens
-    cache = KVCache(
-        model.config,
-        num_samples,
-        capacity=min(-(-longest // CAPACITY_STEP) * CAPACITY_STEP, max_seq_len),
-        device=device,
-        dtype=model.dtype,
+    capacity = min(-(-longest // CAPACITY_STEP) * CAPACITY_STEP, max_seq_len)
+    check_available(
+        kv_cache_bytes(model.config, num_samples, capacity, model.dtype.itemsize) + TOKEN_BYTES * num_samples * longest,
+        device,
+        f"To write {num_samples} x {max_new_tokens} tokens at the same time takes",
+        "Ask for fewer samples or tokens at a time, or free memory.",
     )
+    cache = KVCache(model.config, num_samples, capacity, device=device, dtype=model.dtype)
     generators = [sample_generator(model, seed, sample) for sample in range(num_samples)]
     tokens = torch.empty((num_samples, longest), dtype=torch.int64, device=device)  # (B, T)
     tokens[:, : len(prompt)] = torch.tensor(prompt, device=device)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.generation.batching import Engine
-from sheepop.generation.completion import Completion, Transcript
-from sheepop.generation.generate import FinishReason
+from sheepop.generation.completion import Completion, Transcript, prompt_tokens
+from sheepop.generation.generate import FinishReason, check_length
 from sheepop.generation.grammar import constraint_of
-from sheepop.generation.prompt_file import Prompt, count_finished
+from sheepop.generation.prompt_file import Prompt, count_finished, unusable_lines
 from sheepop.generation.request import Constraint, Request
 from sheepop.generation.runner import runner_for
 from sheepop.generation.speculation import Speculator
@@ -31,6 +31,7 @@ def complete_file(
     *,
     batch_size: int,
     speculator: Speculator | None = None,
+    int8_cache: bool = False,
 ) -> int:
     """Write the completions of all prompts to a file, a line each and in order; go on where the file ends.
 
@@ -43,17 +44,24 @@ def complete_file(
         output: the file; what it holds is kept.
         batch_size: samples that are written at the same time.
         speculator: guesses tokens ahead.
+        int8_cache: keep keys and values in 8 bits; the logits then differ a little.
 
     Returns:
         How many tokens were drawn now.
 
     Raises:
         ConfigError: the file cannot be written or its content is not of these prompts, or an option is out of range.
+        DataError: some of the prompts are too long for the model or its cache; nothing was written.
         CheckpointError: model and tokenizer do not fit, or the model's scores are not finite.
     """
-    engine = Engine(model, max_batch_size=batch_size, runner=runner_for(model), speculator=speculator)
+    engine = Engine(
+        model, max_batch_size=batch_size, int8_cache=int8_cache, runner=runner_for(model), speculator=speculator
+    )
+    size = GROUP * batch_size
     try:
         finished = count_finished(output, prompts)
+        first = finished // size * size
+        check_prompts(engine, tokenizer, prompts[first:])
         output.parent.mkdir(parents=True, exist_ok=True)
         file = output.open("ab")
     except OSError as error:
@@ -63,9 +71,9 @@ def complete_file(
     if finished:
         log(f"{output} has {finished} of {len(prompts)} completions; going on with the next.")
     constrain = constraint_of(prompts[0].options.grammar, model, tokenizer)
-    progress, size = Progress(len(prompts), finished), GROUP * batch_size
+    progress = Progress(len(prompts), finished)
     with file:
-        for begin in range(finished // size * size, len(prompts), size):
+        for begin in range(first, len(prompts), size):
             group = prompts[begin : begin + size]
             engine.forget()
             for number, completions in enumerate(complete_together(engine, tokenizer, group, constrain), start=begin):
@@ -76,6 +84,39 @@ def complete_file(
     progress.close()
     flush_to_disk(output)
     return progress.tokens
+
+
+def check_prompts(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> None:
+    """See that an engine can continue all prompts, before the first is begun.
+
+    Raises:
+        DataError: it cannot; names their lines and says why.
+        CheckpointError: model and tokenizer do not fit.
+    """
+    problems = []
+    for prompt in prompts:
+        request = request_of(prompt, tokenizer)
+        try:
+            check_length(request.prompt_ids, engine.max_seq_len)
+            engine.check(request)
+        except ConfigError as error:
+            problems.append(f"line {prompt.line}: {error}")
+    if problems:
+        raise unusable_lines("The file of prompts", problems)
+
+
+def request_of(prompt: Prompt, tokenizer: Tokenizer, constrain: Callable[[], Constraint] | None = None) -> Request:
+    """Return what a line asks of the engine."""
+    options = prompt.options
+    return Request(
+        prompt_tokens(tokenizer, prompt.text),
+        options.sampling,
+        options.max_new_tokens,
+        options.seed,
+        options.num_samples,
+        tokenizer.end_of_text_id,
+        constrain=constrain,
+    )
 
 
 def complete_together(
@@ -90,17 +131,8 @@ def complete_together(
     reasons: list[list[FinishReason | None]] = []
     number_of: dict[int, int] = {}
     for number, prompt in enumerate(prompts):
-        options, end = prompt.options, tokenizer.end_of_text_id
-        request = Request(
-            [*tokenizer.start_ids, *tokenizer.encode(prompt.text)],
-            options.sampling,
-            options.max_new_tokens,
-            options.seed,
-            options.num_samples,
-            end,
-            constrain=constrain,
-        )
-        number_of[engine.add(request)] = number
+        options = prompt.options
+        number_of[engine.add(request_of(prompt, tokenizer, constrain))] = number
         transcripts.append([Transcript(tokenizer, options.stop, None) for _ in range(options.num_samples)])
         token_ids.append([[] for _ in range(options.num_samples)])
         reasons.append([None] * options.num_samples)

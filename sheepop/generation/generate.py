@@ -127,6 +127,19 @@ def check_request(
     return prompt
 
 
+def check_length(prompt_ids: Sequence[int], max_seq_len: int) -> None:
+    """See that a model can read the whole of a prompt; generation itself would go on from the prompt's end alone.
+
+    Raises:
+        ConfigError: it is longer than the context.
+    """
+    if len(prompt_ids) > max_seq_len:
+        raise ConfigError(
+            f"The prompt has {len(prompt_ids)} tokens, but the model can read {max_seq_len} at the most "
+            "(model.max_seq_len). Shorten it, for instance to its end, or use a model with a longer context."
+        )
+
+
 def text_start(prompt: Sequence[int], end_of_text_id: int | None) -> int:
     """Return where the prompt's text begins: the mark before a document is not a word that could repeat."""
     return int(prompt[0] == end_of_text_id)

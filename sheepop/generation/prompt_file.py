@@ -17,6 +17,8 @@ from sheepop.utils.seeds import derive_seed
 SAMPLING_OPTIONS = tuple(field.name for field in fields(SamplingSettings))
 WRITTEN_KEYS = ("settings", "completions")
 MAX_PROBLEMS = 10  # listed in an error
+ENOUGH_PROBLEMS = 1000  # a file with so many is read no further: it is something else
+LONGEST_LINE = 2**23  # bytes; `[],[],` takes twenty times its size as objects
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,12 @@ class PromptOptions:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line: the object as it stands, the text to continue, and how."""
+    """One line: the object as it stands, the text to continue, how, and the line's number in the file, from 1."""
 
     record: dict[str, Any]
     text: str
     options: PromptOptions
+    line: int = 0
 
     def with_result(self, completions: Sequence[Completion]) -> bytes:
         """Return the line of the output: all keys of the prompt's own, its settings, and the completions."""
@@ -64,32 +67,40 @@ def read_prompts(path: Path, defaults: PromptOptions) -> list[Prompt]:
     Raises:
         DataError: the file is missing or empty, or lines are malformed; names them and what is wrong.
     """
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise DataError(f"The file of prompts {path} cannot be read: {error.strerror or error}.") from None
     prompts: list[Prompt] = []
     problems: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        seed = derive_seed(defaults.seed, "prompt", len(prompts) + len(problems))
-        try:
-            prompts.append(parse_prompt(line, replace(defaults, seed=seed)))
-        except ValueError as error:
-            problems.append(f"line {number}: {error}")
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if not content.strip():
+                    continue
+                seed = derive_seed(defaults.seed, "prompt", len(prompts) + len(problems))
+                try:
+                    prompts.append(replace(parse_prompt(content, replace(defaults, seed=seed)), line=number))
+                except ValueError as error:
+                    problems.append(f"line {number}: {error}")
+                if len(problems) == ENOUGH_PROBLEMS:
+                    break
+    except OSError as error:
+        raise DataError(f"The file of prompts {path} cannot be read: {error.strerror or error}.") from None
     if problems:
-        more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
-        listed = "; ".join(problems[:MAX_PROBLEMS])
-        raise DataError(
-            f"The file of prompts {path} has lines that cannot be used, so nothing was run: {listed}{more}. Mend them, "
-            "or leave them out."
-        )
+        raise unusable_lines(f"The file of prompts {path}", problems)
     if not prompts:
         raise DataError(
             f'The file of prompts {path} is empty. Each line must be an object such as {{"prompt": "..."}}.'
         )
     return prompts
+
+
+def unusable_lines(file: str, problems: Sequence[str]) -> DataError:
+    """Return the error for lines that cannot be used, each with its number and what is wrong."""
+    at_least = "at least " if len(problems) == ENOUGH_PROBLEMS else ""
+    more = f"; and {at_least}{len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+    listed = "; ".join(problem.rstrip(".") for problem in problems[:MAX_PROBLEMS])
+    return DataError(
+        f"{file} has lines that cannot be used, so nothing was run: {listed}{more}. Mend them, or leave them out."
+    )
 
 
 def parse_prompt(line: bytes, defaults: PromptOptions) -> Prompt:
@@ -98,6 +109,8 @@ def parse_prompt(line: bytes, defaults: PromptOptions) -> Prompt:
     Raises:
         ValueError: says what is wrong with it.
     """
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"it has {len(line)} bytes, of which {LONGEST_LINE} are the most")
     try:
         record = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError:

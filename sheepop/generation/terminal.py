@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sheepop.data.tokenizer import Tokenizer, load_model_tokenizer
-from sheepop.generation.completion import Generation, complete
+from sheepop.generation.completion import Generation, complete, prompt_tokens
 from sheepop.generation.draft_model import DraftModel
 from sheepop.generation.engine import decode_for
 from sheepop.generation.file_completion import complete_file
+from sheepop.generation.generate import check_length
 from sheepop.generation.grammar import Grammar, GrammarKind, constraint_of
 from sheepop.generation.prompt_file import PromptOptions, read_prompts
 from sheepop.generation.sampling import SamplingSettings
@@ -24,6 +25,8 @@ from sheepop.utils.errors import ConfigError
 from sheepop.utils.files import to_json
 from sheepop.utils.logging import log
 
+LARGEST_GRAMMAR = 2**20  # bytes; one of a few more takes seconds and hundreds of megabytes to compile
+
 
 def check_combination(
     *,
@@ -33,6 +36,7 @@ def check_combination(
     optimized: bool,
     speculate: str | None,
     grammar: Grammar | None,
+    int8_cache: bool,
     compiles: bool,
 ) -> None:
     """Check options of `generate` that do not all go together.
@@ -44,10 +48,14 @@ def check_combination(
         raise ConfigError("--speculate guesses for the generation with a cache; leave out --no-optimized.")
     if grammar is not None and not optimized:
         raise ConfigError("A grammar needs the generation with a cache; leave out --no-optimized.")
-    if compiles and (prompts is not None or speculate is not None or grammar is not None or not optimized):
+    if int8_cache and not optimized:
+        raise ConfigError("--cache says how keys and values are kept; leave out --no-optimized, which keeps none.")
+    if compiles and (
+        prompts is not None or speculate is not None or grammar is not None or int8_cache or not optimized
+    ):
         raise ConfigError(
             "--compile is for the steps of a single prompt's texts; it does not go with --prompts, --speculate, a "
-            "grammar or --no-optimized."
+            "grammar, --cache or --no-optimized."
         )
     if (prompts is None) != (output is None):
         raise ConfigError(
@@ -64,7 +72,7 @@ def read_grammar(json_schema: Path | None, regex: str | None, lark: Path | None)
     """Return what the output has to follow, of which at most one is given.
 
     Raises:
-        ConfigError: two are given, or a file cannot be read.
+        ConfigError: two are given, or a file cannot be read, or is larger than any grammar.
     """
     given: dict[GrammarKind, Path | str | None] = {"json_schema": json_schema, "regex": regex, "lark": lark}
     grammars = [(kind, source) for kind, source in given.items() if source is not None]
@@ -75,11 +83,14 @@ def read_grammar(json_schema: Path | None, regex: str | None, lark: Path | None)
     ((kind, source),) = grammars
     if isinstance(source, str):
         return Grammar(kind, source)
+    name = f"The {kind.replace('_', ' ')} {source}"
     try:
+        if source.stat().st_size > LARGEST_GRAMMAR:
+            raise ConfigError(f"{name} has {source.stat().st_size} bytes, of which {LARGEST_GRAMMAR} are the most.")
         return Grammar(kind, source.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"The {kind.replace('_', ' ')} {source} cannot be read: {why}.") from None
+        raise ConfigError(f"{name} cannot be read: {why}.") from None
 
 
 def generate_text(
@@ -96,17 +107,21 @@ def generate_text(
     quantization: Quantization | None,
     speculate: str | None,
     grammar: Grammar | None,
+    int8_cache: bool,
     device: str,
     as_json: bool,
 ) -> None:
     """Continue a prompt and print prompt and completion; one sample appears as it is written.
 
     Raises:
-        SheepopError: an option is out of range, or the checkpoint cannot be used.
+        SheepopError: an option is out of range, the prompt is longer than the model's context, or the checkpoint cannot
+            be used.
     """
     settings.validate()
     model, tokenizer = load_model_and_tokenizer(checkpoint, device, quantization)
+    check_length(prompt_tokens(tokenizer, prompt), model.config.max_seq_len)
     constrain = constraint_of(grammar, model, tokenizer)
+    uses_engine = speculate is not None or constrain is not None or int8_cache
     streams = num_samples == 1 and not as_json
     if streams:
         _show(prompt)
@@ -120,9 +135,10 @@ def generate_text(
         num_samples=num_samples,
         stop=stop,
         optimized=optimized,
-        decode=decode_for(model, compiles=compiles) if optimized and speculate is None and constrain is None else None,
+        decode=decode_for(model, compiles=compiles) if optimized and not uses_engine else None,
         speculator=load_speculator(speculate, model, tokenizer, max_batch_size=max(num_samples, 1)),
         constrain=constrain,
+        int8_cache=int8_cache,
         on_text=_show if streams else None,
     )
     if as_json:
@@ -149,6 +165,7 @@ def generate_from_file(
     quantization: Quantization | None,
     speculate: str | None,
     grammar: Grammar | None,
+    int8_cache: bool,
     device: str,
     as_json: bool,
 ) -> None:
@@ -168,6 +185,7 @@ def generate_from_file(
         output,
         batch_size=batch_size,
         speculator=load_speculator(speculate, model, tokenizer, max_batch_size=batch_size),
+        int8_cache=int8_cache,
     )
     seconds = time.perf_counter() - began
     if as_json:

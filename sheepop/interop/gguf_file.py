@@ -124,6 +124,19 @@ class Cursor:
         """Return the next string."""
         return str(self.take(self.number("<Q")), "utf-8")
 
+    def strings(self, count: int) -> list[str]:
+        """Return the next strings, of which there may be millions: by `string` one by one they take twice as long."""
+        found, end = [], self.at
+        for _ in range(count):
+            begin = end + 8
+            end = begin + int.from_bytes(self.content[end:begin], "little")
+            if end > len(self.content):
+                self.at = begin
+                self.take(end - begin)  # says what is wrong
+            found.append(str(self.content[begin:end], "utf-8"))
+        self.at = end
+        return found
+
     def value(self) -> Any:
         """Return the next value, whatever its type."""
         kind = self.number("<I")
@@ -137,7 +150,7 @@ class Cursor:
         self.strings_left -= count
         if self.strings_left < 0:
             raise ValueError(f"it says that a list has {count} strings, more than any model needs")
-        return [self.string() for _ in range(count)]
+        return self.strings(count)
 
     def numbers(self, kind: int, count: int) -> NDArray[Any]:
         """Return an array of numbers of a type."""

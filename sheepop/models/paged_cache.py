@@ -17,7 +17,7 @@ from torch import Tensor
 from sheepop.config import ModelConfig
 from sheepop.models.sizing import CONVOLUTIONS, kv_cache_bytes
 from sheepop.utils.errors import ConfigError
-from sheepop.utils.memory import available_bytes
+from sheepop.utils.memory import available_bytes, check_available
 
 DIGEST_BYTES = 16  # long enough that two different beginnings never meet, by chance or by intent
 SHARE_OF_MEMORY = 0.5  # of what is available, at the most
@@ -53,6 +53,9 @@ class PagedCache:
     found again, until its place is needed; the one that was used longest ago goes first.
 
     What is stored depends on the weights: the cache of a model whose weights change must be made anew.
+
+    Raises:
+        ConfigError: an option is out of range, or the pages do not fit into the memory that is free.
     """
 
     def __init__(
@@ -70,6 +73,12 @@ class PagedCache:
         self.num_layers, self.dtype = config.num_layers, dtype
         self.num_pages, self.page_size = num_pages, page_size
         self.num_heads, self.device = config.num_kv_heads, torch.device(device)
+        check_available(
+            num_pages * self.page_bytes(config, page_size, dtype),
+            self.device,
+            f"The keys and values of {num_pages * page_size} tokens take",
+            "Ask for less at a time, or free memory.",
+        )
         self.num_recent = config.ngram_order - 1  # tokens before a new one that the embedding reads
         # What short convolutions read, as keys of so many heads of the stream's width.
         self.inputs = [

@@ -35,3 +35,11 @@ def format_count(number: float) -> str:
             value = number / size
             return f"{value:.{max(0, 2 - (len(str(int(abs(value)))) - 1))}f}{unit}"
     return f"{number:.0f}"
+
+
+def format_bytes(number: int) -> str:
+    """Return a size with its unit: `950 bytes`, `12.3 MB`, `4.6 GB`."""
+    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} bytes"

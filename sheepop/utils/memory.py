@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+from sheepop.utils.errors import ConfigError
+from sheepop.utils.logging import format_bytes
+
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 NO_LIMIT = 2**60  # version 1 of control groups writes a number near 2**63 where there is no limit
@@ -44,13 +47,30 @@ def give_back_freed() -> None:
 def available_bytes(device: torch.device) -> int:
     """Return how much more memory this process may take on `device` before something is ended or swapped out.
 
-    On a GPU what its driver says; else the system's estimate of what can be had without swapping, or what a control
-    group (of a container, say) still allows if that is less.
+    On a GPU what its driver says, and what PyTorch has of it without using it; else the system's estimate of what can
+    be had without swapping, or what a control group (of a container, say) still allows if that is less.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
+        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(_system_bytes(), *_control_group_bytes())
+
+
+def check_available(needed: int, device: torch.device, what: str, advice: str) -> None:
+    """See that memory is there before it is taken: a system ends a process that asks for too much without a word.
+
+    Args:
+        needed: bytes.
+        device: where.
+        what: what they are for, as the message begins.
+        advice: what to do without them, as it ends.
+
+    Raises:
+        ConfigError: less is free; says how much.
+    """
+    free = available_bytes(device)
+    if needed > free:
+        raise ConfigError(f"{what} {format_bytes(needed)} of memory, but {format_bytes(free)} are free. {advice}")
 
 
 def _system_bytes() -> int:

@@ -1,4 +1,5 @@
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +8,9 @@ from hypothesis import strategies as st
 
 from sheepop.config import ModelConfig
 from sheepop.data.tokenizer import Tokenizer
+from sheepop.generation.batching import Engine, generate_batched
 from sheepop.generation.completion import Transcript, complete
+from sheepop.generation.request import Request
 from sheepop.generation.sampling import SamplingSettings
 from sheepop.models.transformer import TransformerModel
 from sheepop.utils.errors import ConfigError
@@ -88,6 +91,18 @@ def test_optimized_and_naive_write_the_same(model: TransformerModel, prompt: str
         ).completions
 
     assert write(optimized=True) == write(optimized=False)
+
+
+def test_with_an_8_bit_cache_the_tokens_are_those_of_such_an_engine(model: TransformerModel) -> None:
+    def write(int8_cache: bool) -> list[list[int]]:
+        options: dict[str, Any] = {"max_new_tokens": 25, "seed": 1, "num_samples": 20, "int8_cache": int8_cache}
+        return [each.token_ids for each in complete(model, TOKENIZER, "ab", SamplingSettings(), **options).completions]
+
+    prompt, end = [*TOKENIZER.start_ids, *TOKENIZER.encode("ab")], TOKENIZER.end_of_text_id
+    request = Request(prompt, SamplingSettings(), 25, seed=1, num_samples=20, end_of_text_id=end)
+    expected = generate_batched(Engine(model, max_batch_size=20, int8_cache=True), request)
+    assert write(int8_cache=True) == [each.token_ids for each in expected]
+    assert write(int8_cache=True) != write(int8_cache=False)
 
 
 def test_text_is_what_the_tokens_say_and_the_stream_is_the_text(model: TransformerModel) -> None:

@@ -92,6 +92,24 @@ def test_with_guesses_the_file_is_the_same(model, prompts, undisturbed, tmp_path
     assert path.read_bytes() == undisturbed
 
 
+def test_with_an_8_bit_cache_lines_are_what_their_prompts_lead_to_alone(model, prompts, tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    complete_file(model, TOKENIZER, prompts[1][5:9], path, batch_size=BATCH_SIZE, int8_cache=True)
+    for line, prompt in zip(path.read_text().splitlines(), prompts[1][5:9], strict=True):
+        options = prompt.options
+        alone = complete(
+            model,
+            TOKENIZER,
+            prompt.text,
+            options.sampling,
+            max_new_tokens=options.max_new_tokens,
+            seed=options.seed,
+            stop=options.stop,
+            int8_cache=True,
+        )
+        assert json.loads(line)["completions"][0]["token_ids"] == alone.completions[0].token_ids
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.5, 0.77, 0.999, 1.0])
 def test_a_file_that_was_cut_anywhere_is_finished_as_if_it_had_not_been(
     model, prompts, undisturbed, tmp_path: Path, share: float

@@ -38,7 +38,7 @@ def test_the_same_prompt_twice_has_two_seeds_that_stay(tmp_path: Path) -> None:
 def test_blank_lines_and_a_byte_order_mark_are_no_prompts(tmp_path: Path) -> None:
     path = tmp_path / "prompts"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n  \n{"prompt": "b"}')
-    assert [prompt.text for prompt in read_prompts(path, DEFAULTS)] == ["a", "b"]
+    assert [(prompt.text, prompt.line) for prompt in read_prompts(path, DEFAULTS)] == [("a", 1), ("b", 4)]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,7 @@ def test_blank_lines_and_a_byte_order_mark_are_no_prompts(tmp_path: Path) -> Non
         (b'{"prompt": "a", "stop": [""]}', '"stop" must be'),
         (b'{"prompt": "a", "stop": 3}', '"stop" must be'),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"prompt": "' + b"a" * 2**23 + b'"}', "bytes, of which 8388608 are the most"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named_with_its_number(tmp_path: Path, line: bytes, message: str) -> None:
@@ -76,6 +77,12 @@ def test_a_line_that_cannot_be_used_is_named_with_its_number(tmp_path: Path, lin
 def test_of_many_bad_lines_the_first_are_named(tmp_path: Path) -> None:
     path = prompts_of(tmp_path / "prompts", *range(14))
     with pytest.raises(DataError, match=r"line 1: .*; line 10: .*; and 4 more"):
+        read_prompts(path, DEFAULTS)
+
+
+def test_a_file_of_something_else_is_not_read_to_its_end(tmp_path: Path) -> None:
+    path = prompts_of(tmp_path / "prompts", *range(3000))
+    with pytest.raises(DataError, match=r"line 10: .*; and at least 990 more"):
         read_prompts(path, DEFAULTS)
 
 

@@ -1,4 +1,4 @@
-"""Damaged files of the formats beside GGUF: one kind of error, in under a second, with little memory, and no output."""
+"""Damaged files: one kind of error, in under a second, with little memory, and no output."""
 
 import json
 import subprocess
@@ -8,14 +8,33 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/damaged_files.py"
-KINDS = ["safetensors", "config.json", "tokenizer.json", "index", "llama2.c", "llama2.c tokenizer", "nanoGPT"]
+# What comes of most of the mutations, and for how many of them at least: others change nothing that is read.
+KINDS = {
+    "safetensors": ("CheckpointError", 0.5),
+    "config.json": ("CheckpointError", 0.5),
+    "tokenizer.json": ("CheckpointError", 0.5),
+    "tokenizer_config.json": ("CheckpointError", 0.3),
+    "generation_config.json": ("CheckpointError", 0.3),
+    "index": ("CheckpointError", 0.5),
+    "llama2.c": ("CheckpointError", 0.5),
+    "llama2.c tokenizer": ("CheckpointError", 0.5),
+    "nanoGPT": ("CheckpointError", 0.5),
+    "GGUF": ("CheckpointError", 0.5),
+    "prompts": ("DataError", 0.5),
+    "JSON schema": ("ConfigError", 0.5),
+    "Lark grammar": ("ConfigError", 0.5),
+}
+NEEDED = {"GGUF": "gguf", "JSON schema": "llguidance", "Lark grammar": "llguidance"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_damaged_file_costs_more_than_a_second_and_200_megabytes(kind):
+    if kind in NEEDED:
+        pytest.importorskip(NEEDED[kind])
     command = [sys.executable, SCRIPT, "--kinds", kind, "--count", "40"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     [row] = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert row["beyond bounds"] == 0, row
-    assert int(row["errors"].split(" CheckpointError")[0].split()[-1]) > row["tried"] / 2
+    error, share = KINDS[kind]
+    assert int(row["errors"].split(f" {error}")[0].split()[-1]) > share * row["tried"]

@@ -47,14 +47,16 @@ def test_logits_are_close(sight: dict[str, int]) -> None:
     torch.testing.assert_close(exact, whole, rtol=1e-4, atol=1e-5)
 
 
-def test_page_bytes_are_those_of_the_tensors() -> None:
+@pytest.mark.parametrize("conv_width", [1, 4])
+def test_page_bytes_are_those_of_the_tensors(conv_width: int) -> None:
+    config = CONFIG.model_copy(update={"conv_width": conv_width})
     for kind in (PagedCache, Int8PagedCache):
-        cache = kind(CONFIG, 7, 5)
-        tensors = cache.keys + cache.values
+        cache = kind(config, 7, 5)
+        tensors = cache.keys + cache.values + cache.inputs
         if isinstance(cache, Int8PagedCache):
             tensors += cache.key_scales + cache.value_scales
         held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        assert held == 7 * kind.page_bytes(CONFIG, 5, torch.float32)
+        assert held == 7 * kind.page_bytes(config, 5, torch.float32)
     assert Int8PagedCache.page_bytes(CONFIG, 5, torch.float32) == pytest.approx(
         0.35 * PagedCache.page_bytes(CONFIG, 5, torch.float32)
     )

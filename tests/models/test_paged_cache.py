@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sheepop.config import ModelConfig
+from sheepop.models.int8_cache import Int8PagedCache
 from sheepop.models.paged_cache import CachedSequence, PagedCache, pages_in_memory
 from sheepop.models.sizing import kv_cache_bytes
 from sheepop.utils.errors import ConfigError
@@ -99,6 +100,15 @@ def test_as_many_pages_as_half_of_the_memory_holds(monkeypatch: pytest.MonkeyPat
     page_bytes = PagedCache.page_bytes(CONFIG, 5, torch.float32)
     assert page_bytes == kv_cache_bytes(CONFIG, batch_size=1, length=5)
     assert pages_in_memory(page_bytes, torch.device("cpu")) == 500_000 // page_bytes
+
+
+def test_pages_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    page_bytes = PagedCache.page_bytes(CONFIG, 5, torch.float32)
+    monkeypatch.setattr("sheepop.utils.memory.available_bytes", lambda device: 7 * page_bytes)
+    assert PagedCache(CONFIG, 7, 5).num_free == 7
+    with pytest.raises(ConfigError, match=r"40 tokens take .* of memory, but .* are free"):
+        PagedCache(CONFIG, 8, 5)
+    Int8PagedCache(CONFIG, 8, 5)
 
 
 @pytest.mark.parametrize(("sinks", "sink_pages"), [(0, 0), (1, 1), (2, 1), (3, 2)])

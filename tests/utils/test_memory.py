@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sheepop.utils import memory
+from sheepop.utils.errors import ConfigError
 
 CPU = torch.device("cpu")
 LINUX = memory.PROC / "self" / "clear_refs"
@@ -61,3 +62,24 @@ def test_the_first_version_of_control_groups(machine):
     write_group(machine / "cgroup" / "memory", memory__limit_in_bytes="9223372036854771712\n", **files)
     write_group(machine / "cgroup" / "memory" / "job", memory__limit_in_bytes="2000\n", **files)
     assert memory.available_bytes(CPU) == 1500
+
+
+def test_what_does_not_fit_is_refused_before_it_is_taken(machine):
+    control_groups(machine, "")
+    memory.check_available(8_000_000 * 1024, CPU, "The flock takes", "Take fewer sheep.")
+    with pytest.raises(
+        ConfigError, match=r"^The flock takes 8\.3 GB of memory, but 8\.2 GB are free\. Take fewer sheep\.$"
+    ):
+        memory.check_available(8_300_000_000, CPU, "The flock takes", "Take fewer sheep.")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_pytorch_keeps_of_a_gpu_without_using_it_is_free():
+    device, size = torch.device("cuda"), 2**28
+    torch.zeros(1, device=device)
+    before = memory.available_bytes(device)
+    block = torch.empty(size, dtype=torch.uint8, device=device)
+    assert memory.available_bytes(device) < before - size // 2
+    del block
+    assert memory.available_bytes(device) > before - size // 2

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sheepop.utils import devices
 from sheepop.utils.devices import available_devices, choose_precision, cpu_has_bf16, peak_flops, resolve_device
 from sheepop.utils.errors import ConfigError, did_you_mean
-from sheepop.utils.logging import format_count, format_duration
+from sheepop.utils.logging import format_bytes, format_count, format_duration
 from sheepop.utils.runtime import perf_counter_at_start
 from sheepop.utils.seeds import derive_seed
 
@@ -49,6 +49,13 @@ def test_precision_on_a_cpu():
 
 def test_peak_is_a_plausible_number():
     assert 1e8 < peak_flops(CPU) < 1e15
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(950, "950 bytes"), (12_345, "12.3 kB"), (2 * 10**9, "2.0 GB"), (10**15, "1000.0 TB")]
+)
+def test_sizes(number, text):
+    assert format_bytes(number) == text
 
 
 @pytest.mark.parametrize(

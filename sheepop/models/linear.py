@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from sheepop.models.fp8 import fp8_linear
 
 # oneDNN's calls cost some 20 microseconds more, which pays from about these sizes on (`benchmarks/linear.py`).
+HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 LEAST_PRODUCTS = 2**22 if HAS_AVX512 else 2**23  # multiplications of the forward pass
 MOST_AT_ONCE = 2**22  # numbers of a result that is copied
@@ -49,13 +50,16 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def prefers_onednn(hidden: Tensor, weight: Tensor) -> bool:
-    """Say whether oneDNN is faster: fp32 on a CPU that is not Intel's, a large product, no autocast."""
+    """Say whether oneDNN is faster: fp32 on a CPU that is not Intel's, a large product, no autocast.
+
+    Compiled code goes through here too: a question that PyTorch's compiler does not follow would cut it into pieces.
+    """
     return (
         hidden.device.type == "cpu"
         and not IS_INTEL
         and hidden.dtype == weight.dtype == torch.float32
         and (hidden.numel() // hidden.shape[-1]) * weight.numel() >= LEAST_PRODUCTS
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and HAS_ONEDNN
         and not torch.is_autocast_enabled("cpu")
     )
 

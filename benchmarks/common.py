@@ -1,8 +1,9 @@
-"""What the benchmarks share: a table for people, JSON for programs, and medians of alternating runs."""
+"""What the benchmarks share: a table for people, JSON for programs, medians of alternating runs, timed steps."""
 
 import json
 import platform
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +16,24 @@ def alternate(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[
         for name, measure in contestants.items():
             results[name].append(measure())
     return results
+
+
+def seconds_each(step: Callable[[], object], times: int, device: torch.device) -> float:
+    """Return the mean seconds of steps made in a row; a GPU is waited for before the first and after the last alone.
+
+    A wait after each would leave a GPU idle while Python prepares the next, which no user of it does.
+    """
+    _wait_for(device)
+    began = time.perf_counter()
+    for _ in range(times):
+        step()
+    _wait_for(device)
+    return (time.perf_counter() - began) / times
+
+
+def on_gpu(device: torch.device) -> str:
+    """Return what a title says of the device: the name of a GPU; `show` says the rest by itself."""
+    return f" on {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
 
 
 def show(title: str, rows: Sequence[dict[str, object]]) -> None:
@@ -31,6 +50,11 @@ def show(title: str, rows: Sequence[dict[str, object]]) -> None:
 def median(values: Sequence[float]) -> float:
     """Return the middle value."""
     return statistics.median(values)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _text(value: object) -> str:

@@ -3,30 +3,36 @@
     python benchmarks/throughput.py --rounds 3                      # ours, eager and compiled
     python benchmarks/throughput.py --rounds 3 --nanogpt FOLDER     # nanoGPT's model beside it, in turn
     python benchmarks/throughput.py --overhead --text input.txt     # a run of the nano preset
+    python benchmarks/throughput.py --device cuda --precision bf16 --batch 32 --ways compiled --nanogpt FOLDER
 
-Each figure is of a process of its own: the median of some steps after the first two, and the most memory that it held.
-Both make the same step in fp32 on random tokens: forward, backward, clipping to 1, AdamW; nanoGPT's architecture is
-ours with learned positions and no biases. Idle threads of both wait politely, as the command lets them. `FOLDER` is a
-checkout of nanoGPT, whose `model.py` is used.
+Each figure is of a process of its own: the median of some steps after the first, and the most memory that it held. On a
+GPU a figure is of ten steps in a row, and the memory is that of the GPU's tensors. Both make the same step on random
+tokens: forward, backward, clipping to 1, AdamW; nanoGPT's architecture is ours with learned positions and no biases.
+`of peak` is the share of the operations that the device can do at best (`peak_flops`), by the same count of the model's
+operations for both (`training_flops_per_token`). Idle threads of both wait politely, as the command lets them. `FOLDER`
+is a checkout of nanoGPT, whose `model.py` is used as its `train.py` does: on a GPU with TensorFloat-32 for what is left
+in fp32, and with no loss read from the device; ours reads its loss and its norm at each step, as in a run.
 """
 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # before torch is imported, see `wait_politely`
 
 import torch
-from common import alternate, median, show
+from common import alternate, median, on_gpu, seconds_each, show
 
-from sheepop.config import load_config
+from sheepop.config import Config, load_config
+from sheepop.models.sizing import training_flops_per_token
 from sheepop.models.transformer import TransformerModel
 from sheepop.training import trainer
 from sheepop.training.compiling import keep_compiled_code
@@ -35,35 +41,71 @@ from sheepop.training.optimizer import make_optimizer
 from sheepop.training.run import start_run
 from sheepop.training.state import Learner, TrainingState
 from sheepop.training.step import MicroBatch, train_step
-from sheepop.utils.devices import FP32
+from sheepop.utils.devices import BF16, FP32, Precision, peak_flops, resolve_device
 from sheepop.utils.memory import peak_resident_bytes
 from sheepop.utils.runtime import keep_freed_memory
 
-# Layers, heads, width, context, batch, entries, and how many steps are timed.
+
+class Size(NamedTuple):
+    """A model, its batch unless another is asked for, and how often its steps are timed."""
+
+    layers: int
+    heads: int
+    width: int
+    context: int
+    batch: int
+    entries: int
+    timings: int
+
+
 SIZES = {
-    "0.8M": (4, 4, 128, 64, 12, 65, 100),
-    "10.7M": (6, 6, 384, 256, 16, 65, 8),
-    "44.6M": (6, 8, 512, 512, 8, 50304, 4),
+    "0.8M": Size(4, 4, 128, 64, 12, 65, 100),
+    "10.7M": Size(6, 6, 384, 256, 16, 65, 8),
+    "44.6M": Size(6, 8, 512, 512, 8, 50304, 4),
+    "124M": Size(12, 12, 768, 1024, 12, 50304, 5),  # GPT-2's smallest, with nanoGPT's batch
 }
+USUAL_SIZES = {"cpu": ["0.8M", "10.7M", "44.6M"], "cuda": ["124M"]}
+PRECISIONS = {precision.name: precision for precision in (FP32, BF16)}
+STEPS_BETWEEN_WAITS = {"cpu": 1, "cuda": 10}
 OVERHEAD_STEPS = 1000
 
 
-def our_step(size: str, compiled: bool) -> Callable[[], object]:
+@dataclass(frozen=True)
+class Task:
+    """A step to be made: of which model, on how many sequences, where and how."""
+
+    size: Size
+    batch: int
+    device: torch.device
+    precision: Precision
+    compiled: bool
+
+    def random_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token ids and targets, (B, T) each."""
+        shape = (2, self.batch, self.size.context)
+        token_ids, targets = torch.randint(0, self.size.entries, shape, device=self.device)
+        return token_ids, targets
+
+    def config(self) -> Config:
+        """Return our settings for the model."""
+        settings = {
+            "num_layers": self.size.layers,
+            "num_heads": self.size.heads,
+            "d_model": self.size.width,
+            "max_seq_len": self.size.context,
+            "vocab_size": self.size.entries,
+            "positions": "learned",
+            "dropout": 0.0,
+        }
+        return load_config(overrides={f"model.{key}": value for key, value in settings.items()})
+
+
+def our_step(task: Task) -> Callable[[], object]:
     """Return a training step of ours."""
-    layers, heads, width, context, batch, entries, _ = SIZES[size]
     keep_freed_memory()
-    settings = {
-        "num_layers": layers,
-        "num_heads": heads,
-        "d_model": width,
-        "max_seq_len": context,
-        "vocab_size": entries,
-        "positions": "learned",
-        "dropout": 0.0,
-    }
-    config = load_config(overrides={f"model.{key}": value for key, value in settings.items()})
-    model = TransformerModel(config.model)
-    if compiled:
+    config = task.config()
+    model = TransformerModel(config.model).to(task.device)
+    if task.compiled:
         keep_compiled_code()
         model.compile_blocks(True)
     learner = Learner(
@@ -71,98 +113,106 @@ def our_step(size: str, compiled: bool) -> Callable[[], object]:
         model,
         model,
         make_optimizer(model, config.training),
-        FP32,
+        task.precision,
         World(),
         "none",
         TrainingState(total_steps=1, data_fingerprint=""),
     )
-    token_ids, targets = torch.randint(0, entries, (2, batch, context))
+    token_ids, targets = task.random_tokens()
     micro_batch = MicroBatch(0, token_ids, targets, targets.numel())
     return lambda: train_step(learner, [micro_batch], step=0, learning_rate=1e-3)
 
 
-def nanogpt_step(checkout: Path, size: str, compiled: bool) -> Callable[[], object]:
+def nanogpt_step(task: Task, checkout: Path) -> Callable[[], object]:
     """Return a training step of nanoGPT, as in its `train.py`."""
-    layers, heads, width, context, batch, entries, _ = SIZES[size]
     sys.path.insert(0, str(checkout))
     from model import GPT, GPTConfig
 
+    if task.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    layers, heads, width, context, _, entries, _ = task.size
     config = GPTConfig(
         n_layer=layers, n_head=heads, n_embd=width, block_size=context, vocab_size=entries, dropout=0.0, bias=False
     )
-    model = GPT(config)
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-    if compiled:
+    model = GPT(config).to(task.device)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), task.device.type)
+    if task.compiled:
         model = torch.compile(model)
-    token_ids, targets = torch.randint(0, entries, (2, batch, context))
+    token_ids, targets = task.random_tokens()
+    dtype = task.precision.autocast_dtype
+    autocast = torch.autocast(task.device.type, dtype, enabled=dtype is not None)
 
-    def step() -> float:
-        _, loss = model(token_ids, targets)
+    def step() -> None:
+        with autocast:
+            _, loss = model(token_ids, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
 
     return step
 
 
-def measure_here(size: str, compiled: bool, checkout: Path | None) -> None:
-    """Print the seconds of a step and the peak of this process as JSON."""
+def measure_here(task: Task, checkout: Path | None) -> None:
+    """Print the seconds of a step, the share of the device's peak, and the peak of this process's memory as JSON."""
     torch.manual_seed(0)
-    step = our_step(size, compiled) if checkout is None else nanogpt_step(checkout, size, compiled)
-    durations = []
-    for _ in range(2 + SIZES[size][-1]):
-        began = time.perf_counter()
-        step()
-        durations.append(time.perf_counter() - began)
-    result = {"seconds": statistics.median(durations[2:]), "first": durations[0], "peak": peak_resident_bytes()}
-    print(json.dumps(result))
+    step = our_step(task) if checkout is None else nanogpt_step(task, checkout)
+    on_cuda, group = task.device.type == "cuda", STEPS_BETWEEN_WAITS[task.device.type]
+    first = seconds_each(step, 1, task.device)
+    seconds_each(step, group, task.device)  # still warming up
+    seconds = median([seconds_each(step, group, task.device) for _ in range(task.size.timings)])
+    peak = torch.cuda.max_memory_allocated(task.device) if on_cuda else peak_resident_bytes()
+    flops = task.batch * task.size.context * training_flops_per_token(task.config().model, task.size.context)
+    share = flops / seconds / peak_flops(task.device, task.precision.autocast_dtype)
+    print(json.dumps({"seconds": seconds, "first": first, "share": share, "peak": peak}))
 
 
-def measure(size: str, compiled: bool, checkout: Path | None) -> dict[str, float]:
+def measure(size: str, way: str, checkout: Path | None, options: argparse.Namespace) -> dict[str, float]:
     """Return what `measure_here` prints in a process of its own."""
-    command = [sys.executable, __file__, "--here", "--sizes", size]
-    command += ["--compiled"] if compiled else []
+    command = [sys.executable, __file__, "--here", "--sizes", size, "--ways", way]
+    command += ["--device", options.device, "--precision", options.precision]
+    command += ["--batch", str(options.batch)] if options.batch else []
     command += ["--nanogpt", str(checkout)] if checkout else []
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def compare(sizes: list[str], rounds: int, checkout: Path | None) -> None:
-    for size in sizes:
-        found: dict[str, list[dict[str, float]]] = {}
+def compare(size: str, options: argparse.Namespace) -> None:
+    found: dict[str, list[dict[str, float]]] = {}
 
-        def contestant(name: str, compiled: bool, folder: Path | None, size: str = size, found=found):
-            def run() -> float:
-                found.setdefault(name, []).append(measure(size, compiled, folder))
-                return found[name][-1]["seconds"]
+    def contestant(who: str, way: str, checkout: Path | None) -> Callable[[], float]:
+        def run() -> float:
+            found.setdefault(f"{who} {way}", []).append(measure(size, way, checkout, options))
+            return found[f"{who} {way}"][-1]["seconds"]
 
-            return run
+        return run
 
-        contestants = {}
-        for way in ("eager", "compiled"):
-            contestants[f"sheepop {way}"] = contestant(f"sheepop {way}", way == "compiled", None)
-            if checkout:
-                contestants[f"nanoGPT {way}"] = contestant(f"nanoGPT {way}", way == "compiled", checkout)
-        results = alternate(contestants, rounds)
-        _, _, _, context, batch, _, _ = SIZES[size]
-        rows: list[dict[str, object]] = []
-        for who, seconds in results.items():
-            peer = results.get(who.replace("sheepop", "nanoGPT")) if checkout and "sheepop" in who else None
-            ratios = [theirs / ours for ours, theirs in zip(seconds, peer, strict=True)] if peer else []
-            rows.append(
-                {
-                    "who": who,
-                    "ms a step": median(seconds) * 1000,
-                    "tokens/s": batch * context / median(seconds),
-                    "first step, s": median([one["first"] for one in found[who]]),
-                    "peak, MiB": median([one["peak"] for one in found[who]]) / 2**20,
-                    "times nanoGPT": median(ratios) if ratios else "",
-                    "all": " ".join(f"{value * 1000:.0f}" for value in seconds),
-                }
-            )
-        show(f"a training step of {size} parameters, fp32", rows)
+    contestants = {}
+    for way in options.ways:
+        contestants[f"sheepop {way}"] = contestant("sheepop", way, None)
+        if options.nanogpt:
+            contestants[f"nanoGPT {way}"] = contestant("nanoGPT", way, options.nanogpt)
+    results = alternate(contestants, options.rounds)
+    context, batch = SIZES[size].context, options.batch or SIZES[size].batch
+    rows: list[dict[str, object]] = []
+    for who, seconds in results.items():
+        peer = results.get(who.replace("sheepop", "nanoGPT")) if "sheepop" in who else None
+        ratios = [theirs / ours for ours, theirs in zip(seconds, peer, strict=True)] if peer else []
+        rows.append(
+            {
+                "who": who,
+                "ms a step": median(seconds) * 1000,
+                "tokens/s": batch * context / median(seconds),
+                "of peak": median([one["share"] for one in found[who]]),
+                "first step, s": median([one["first"] for one in found[who]]),
+                "peak, MiB": median([one["peak"] for one in found[who]]) / 2**20,
+                "times nanoGPT": median(ratios) if ratios else "",
+                "all": " ".join(f"{value * 1000:.4g}" for value in seconds),
+            }
+        )
+    on = on_gpu(resolve_device(options.device))
+    show(f"a training step of {size} parameters, {batch} x {context} tokens, {options.precision}{on}", rows)
 
 
 def show_overhead(text: Path) -> None:
@@ -198,22 +248,30 @@ def show_overhead(text: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: 124M on a GPU, else all but that")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT to run in turn with ours")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--batch", type=int, help="sequences of a step, instead of the size's own number")
+    parser.add_argument("--ways", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     parser.add_argument("--overhead", action="store_true", help="measure a run instead of steps; needs --text")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--here", action="store_true", help="measure one contestant in this process")
-    parser.add_argument("--compiled", action="store_true", help="with --here")
     options = parser.parse_args()
+    device, sizes = resolve_device(options.device), options.sizes or USUAL_SIZES[options.device]
     if options.here:
-        measure_here(options.sizes[0], options.compiled, options.nanogpt)
+        size, precision = SIZES[sizes[0]], PRECISIONS[options.precision]
+        is_compiled = options.ways[0] == "compiled"
+        task = Task(size, options.batch or size.batch, device, precision, is_compiled)
+        measure_here(task, options.nanogpt)
     elif options.overhead:
         if options.text is None:
             parser.error("--overhead needs --text")
         show_overhead(options.text)
     else:
-        compare(options.sizes, options.rounds, options.nanogpt)
+        for size in sizes:
+            compare(size, options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """The engine: many streams against one, a second prompt with a shared beginning, guesses, and the 8-bit cache.
 
-python benchmarks/serving.py --checkpoint runs/demo --text data/plays/val.txt
+    python benchmarks/serving.py --checkpoint runs/demo --text data/plays/val.txt
+    python benchmarks/serving.py --checkpoint RUN --quantize int8 --transformers HF_FOLDER
+
+With the same model as a folder for `transformers`, its `generate` answers the same prompts in fp32 as one batch, padded
+on the left, where it is installed. Everything is drawn at temperature 1 from all tokens.
 """
 
 import argparse
@@ -27,13 +31,14 @@ OWN_TOKENS = (1, 8, 16)  # of prompts that begin alike, behind what they share
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128, help="of each prompt, and written after it")
     parser.add_argument("--shared", type=int, default=512, help="tokens that two prompts begin with")
     parser.add_argument("--text", type=Path, help="text to continue with guesses, and to score with an 8-bit cache")
     parser.add_argument("--quantize", choices=("int8", "int4"))
+    parser.add_argument("--transformers", type=Path, help="the folder of the same model for this library")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     model, tokenizer = load_model_and_tokenizer(options.checkpoint, "cpu", options.quantize)
@@ -44,12 +49,18 @@ def main() -> None:
         "one": lambda: engine_seconds(model, prompts[:1], options.tokens),
         f"{options.streams}": lambda: engine_seconds(model, prompts, options.tokens),
     }
+    peer = f"{options.streams}, transformers"
+    if options.transformers:
+        contestants[peer] = transformers_batch(options.transformers, prompts, options.tokens)
     results = alternate(contestants, options.rounds)
     rate = {name: options.tokens / median(seconds) for name, seconds in results.items()}
-    rate[f"{options.streams}"] *= options.streams
+    for name in rate.keys() & {f"{options.streams}", peer}:
+        rate[name] *= options.streams
     rows: list[dict[str, object]] = [
         {"streams": name, "tokens/s": rate[name], "ratio to one": rate[name] / rate["one"]} for name in contestants
     ]
+    if options.transformers:
+        rows = [{**row, "times transformers": rate[str(row["streams"])] / rate[peer]} for row in rows]
     show(f"throughput, {options.tokens} + {options.tokens} tokens each, context {context}", rows)
 
     shared = min(options.shared, context - max(OWN_TOKENS))  # of a shorter context as much as it holds
@@ -109,6 +120,26 @@ def engine_seconds(model: TransformerModel, prompts: list[list[int]], tokens: in
     while engine.has_work:
         engine.step()
     return time.perf_counter() - began
+
+
+def transformers_batch(folder: Path, prompts: list[list[int]], tokens: int) -> Callable[[], float]:
+    """Return what lets `transformers` continue the prompts, all at once, and says how long that took."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.generation_config.eos_token_id = None  # as long as ours, which do not end early
+    longest = max(len(prompt) for prompt in prompts)
+    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # top_k is 50 unless it is said
+
+    def measure() -> float:
+        began = time.perf_counter()
+        output = model.generate(padded, attention_mask=mask, max_new_tokens=tokens, pad_token_id=0, **drawn)
+        assert output.shape[1] == longest + tokens
+        return time.perf_counter() - began
+
+    return measure
 
 
 def first_token_seconds(model: TransformerModel, shared: int, own: int, seed: int) -> tuple[float, float]:

@@ -434,12 +434,12 @@ def leave_free(monkeypatch):
         (
             100_000,
             ["--num-samples", "1000"],
-            ["1000 x 200 tokens", "MB of memory, but 100.0 kB are free", "fewer samples"],
+            ["1000 x 200 tokens", "MiB of memory, but 97.7 KiB are free", "fewer samples"],
         ),
-        (100_000, ["--max-new-tokens", str(10**12)], ["TB of memory", "fewer samples or tokens"]),
-        (100_000, ["--num-samples", "1000", "--speculate", "lookup"], ["1000 samples", "8.1 MB", "fewer samples"]),
-        (100_000, ["--num-samples", "1000", "--speculate", "run"], ["16000 tokens take", "2.6 MB", "less at a time"]),
-        (1000, ["--speculate", "lookup"], ["16 tokens take 2.6 kB of memory, but 1.0 kB are free"]),
+        (100_000, ["--max-new-tokens", str(10**12)], ["TiB of memory", "fewer samples or tokens"]),
+        (100_000, ["--num-samples", "1000", "--speculate", "lookup"], ["1000 samples", " 7.7", "fewer samples"]),
+        (100_000, ["--num-samples", "1000", "--speculate", "run"], ["16000 tokens take", "2.44 MiB", "less at a time"]),
+        (1000, ["--speculate", "lookup"], ["16 tokens take 2.50 KiB of memory, but 1000 B are free"]),
     ],
 )
 def test_samples_that_do_not_fit_into_memory(refused, leave_free, free, arguments, says):
@@ -453,11 +453,11 @@ def test_a_line_of_a_file_that_does_not_fit_into_memory(place, sheepop, refused,
     arguments = ["generate", "--checkpoint", "run", "--prompts", "prompts.jsonl", "--output", "out.jsonl"]
     leave_free(10**8)
     refused(
-        3, *arguments, says=["nothing was run", "line 2: To keep 100000 samples in mind takes 801.6 MB", "100.0 MB are"]
+        3, *arguments, says=["nothing was run", "line 2: To keep 100000 samples in mind takes 764 MiB", "95.4 MiB are"]
     )
     leave_free(5200)
     refused(
-        2, *arguments, "--batch-size", "4", "--speculate", "run", says=["64 tokens take 10.2 kB", "5.2 kB are free"]
+        2, *arguments, "--batch-size", "4", "--speculate", "run", says=["64 tokens take 10.0 KiB", "5.08 KiB are free"]
     )
     assert not (place / "out.jsonl").exists()
 

@@ -47,7 +47,7 @@ class CompiledDecoder:
                 torch._dynamo.mark_static_address(tensor)  # written to in place, which recorded graphs must know
         began = time.perf_counter()
         stored = (cache.keys, cache.values, cache.inputs, cache.recent_tokens)
-        logits = self._step(token_ids, torch.tensor([cache.length], device=token_ids.device), *stored)
+        logits = self._step(token_ids, torch.full((1,), cache.length, device=token_ids.device), *stored)
         shape = (rows, cache.capacity)
         if shape not in self._shapes:
             self._shapes.add(shape)

@@ -332,15 +332,6 @@ def free_disk_bytes(folder: Path) -> int:
     return shutil.disk_usage(ground).free
 
 
-def format_bytes(number: float) -> str:
-    """Return bytes in three digits with a binary unit."""
-    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= size * 0.9995:
-            value = number / size
-            return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
-    return f"{number:.0f} B"
-
-
 def with_measurements(plan: Plan, times: Times, length: Length | None) -> Plan:
     """Return the plan with what was measured in it."""
     return replace(plan, times=times, length=length, memory=replace(plan.memory, measured=times.peak_bytes))

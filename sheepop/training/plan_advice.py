@@ -8,9 +8,9 @@ import torch
 
 from sheepop.config import Config
 from sheepop.data.corpus import Corpus
-from sheepop.training.plan import MemoryPlan, changed, format_bytes, memory_now, plan_memory, with_vocabulary
+from sheepop.training.plan import MemoryPlan, changed, memory_now, plan_memory, with_vocabulary
 from sheepop.utils.errors import ConfigError
-from sheepop.utils.logging import warn
+from sheepop.utils.logging import format_bytes, warn
 
 LEAST_CONTEXT = 32  # that is advised
 

@@ -1,8 +1,8 @@
 """A plan as a table for people."""
 
-from sheepop.training.plan import Plan, format_bytes
+from sheepop.training.plan import Plan
 from sheepop.training.plan_advice import describe_advice, describe_shortage
-from sheepop.utils.logging import format_count, format_duration
+from sheepop.utils.logging import format_bytes, format_count, format_duration
 
 Row = tuple[str, str, str]
 

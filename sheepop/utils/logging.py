@@ -37,9 +37,10 @@ def format_count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def format_bytes(number: int) -> str:
-    """Return a size with its unit: `950 bytes`, `12.3 MB`, `4.6 GB`."""
-    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} bytes"
+def format_bytes(number: float) -> str:
+    """Return bytes in three digits with a binary unit."""
+    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= size * 0.9995:
+            value = number / size
+            return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
+    return f"{number:.0f} B"

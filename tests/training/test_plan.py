@@ -18,7 +18,6 @@ from sheepop.training.compiling import with_compiling
 from sheepop.training.plan import (
     changed,
     count_multiples,
-    format_bytes,
     plan_length,
     plan_memory,
 )
@@ -286,16 +285,6 @@ def test_the_command_prints_a_table_or_one_json_value(corpus_folder, tmp_path):
     wrong = run_program(*given, "--training.max_step", 9)
     assert wrong.returncode == 2
     assert "max_steps" in wrong.stderr
-
-
-def test_bytes_are_written_in_three_digits():
-    assert [format_bytes(number) for number in (0, 1023, 2**20 - 1, 2**20 * 12.34, 3 * 2**30)] == [
-        "0 B",
-        "1023 B",
-        "1.00 MiB",
-        "12.3 MiB",
-        "3.00 GiB",
-    ]
 
 
 def test_where_nothing_fits_that_is_said():

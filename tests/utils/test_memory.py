@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_refused_before_it_is_taken(machine):
     control_groups(machine, "")
     memory.check_available(8_000_000 * 1024, CPU, "The flock takes", "Take fewer sheep.")
     with pytest.raises(
-        ConfigError, match=r"^The flock takes 8\.3 GB of memory, but 8\.2 GB are free\. Take fewer sheep\.$"
+        ConfigError, match=r"^The flock takes 7\.73 GiB of memory, but 7\.63 GiB are free\. Take fewer sheep\.$"
     ):
         memory.check_available(8_300_000_000, CPU, "The flock takes", "Take fewer sheep.")
 

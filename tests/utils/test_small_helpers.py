@@ -52,9 +52,10 @@ def test_peak_is_a_plausible_number():
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(950, "950 bytes"), (12_345, "12.3 kB"), (2 * 10**9, "2.0 GB"), (10**15, "1000.0 TB")]
+    ("number", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (2**20 - 1, "1.00 MiB"), (2**20 * 12.34, "12.3 MiB"), (3 * 2**30, "3.00 GiB")],
 )
-def test_sizes(number, text):
+def test_bytes_are_written_in_three_digits(number, text):
     assert format_bytes(number) == text
 
 

@@ -71,7 +71,7 @@ def test_few_capacities_serve_all_texts(monkeypatch):
     model, capacities = model_of("modern"), []
     model.config.max_seq_len = 3 * CAPACITY_STEP
     monkeypatch.setattr(
-        "sheepop.generation.engine.KVCache", lambda *given, capacity, **rest: capacities.append(capacity) or 1 / 0
+        "sheepop.generation.engine.KVCache", lambda config, rows, capacity, **rest: capacities.append(capacity) or 1 / 0
     )
     for length in (1, CAPACITY_STEP - 1, CAPACITY_STEP, 10 * CAPACITY_STEP):
         with pytest.raises(ZeroDivisionError):

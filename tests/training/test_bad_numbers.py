@@ -102,7 +102,7 @@ def test_the_guard_goes_on_where_it_was(tmp_path, train_in, spoil):
 
 def test_fp16_overflows_shrink_the_scale_and_resume_is_exact(tmp_path, train_in, monkeypatch):
     fp16 = Precision("fp16", torch.float16, needs_loss_scaling=True)  # as on a GPU without bf16
-    monkeypatch.setattr("sheepop.training.run.choose_precision", lambda *_, **__: fp16)
+    monkeypatch.setattr("sheepop.training.run.precision_of", lambda *_, **__: fp16)
     # A scale at which some steps overflow.
     monkeypatch.setattr("sheepop.training.loss_scale.LossScale.__init__.__defaults__", (2.0**22, 0))
     straight = train_in(tmp_path / "straight", **SETTINGS, **{"training.schedule": "constant"})

@@ -46,20 +46,29 @@ def test_onednn_gives_the_stock_layers_values_and_gradients(inputs, outputs, bia
 @needs_onednn
 @needs_compiler
 @pytest.mark.parametrize("bias", [False, True])
-def test_compiled_code_goes_to_onednn_too(bias, monkeypatch):
+def test_compiled_code_goes_to_onednn_too(bias, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
     monkeypatch.setattr("sheepop.models.linear.IS_INTEL", False)
     arguments = tensors((30, 50), 128, 256, bias)
 
     def activated(*arguments):
         return linear(*arguments).relu() * 2
 
+    def learn():
+        result = compiled_function(*arguments)
+        return result, torch.autograd.grad(result.square().sum(), arguments)
+
     compiled_function = torch.compile(activated, fullgraph=True)  # in one piece
-    compiled_function(*arguments)
-    with torch.profiler.profile() as profile:
-        compiled = compiled_function(*arguments)
-        gradients = torch.autograd.grad(compiled.square().sum(), arguments)
-    products = sum(event.name == "sheepop::opaque_product" for event in profile.events())
-    assert products == 1 + 1 + (LEAST_WEIGHTS <= 256 * 128)
+    learn()  # compiles
+    products, operator = [], torch.ops.mkldnn._linear_pointwise
+
+    def counted(*given):
+        products.append(given)
+        return operator(*given)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    compiled, gradients = learn()
+    assert len(products) == 1 + 1 + (LEAST_WEIGHTS <= 256 * 128)
     expected = F.linear(*arguments).relu() * 2
     torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
     for gradient, same in zip(gradients, torch.autograd.grad(expected.square().sum(), arguments), strict=True):

@@ -148,7 +148,7 @@ def theirs(*, compiles: bool = False) -> Callable[[str, int, torch.device], dict
         if compiles:  # for fixed shapes, or the second number of rows would get slower code that is for any number
             write = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
-        def new_cache(rows: int, capacity: int) -> object:  # noqa: ARG001 - it learns them at its first tokens
+        def new_cache(_rows: int, capacity: int) -> object:  # it learns them at its first tokens
             return StaticCache(model.config, capacity) if compiles else DynamicCache(config=model.config)
 
         @torch.no_grad() if compiles else torch.inference_mode()  # the former as in its documentation
@@ -161,7 +161,7 @@ def theirs(*, compiles: bool = False) -> Callable[[str, int, torch.device], dict
     return measure
 
 
-def llama_cpp(path: str, streams: int, device: torch.device) -> dict[str, float]:  # noqa: ARG001
+def llama_cpp(path: str, _streams: int, device: torch.device) -> dict[str, float]:
     import llama_cpp
 
     # Its weights rearranged for AMX crash on virtual machines that show it and do not grant it; elsewhere rearranged

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sheepop.utils.compiled_code import missing_compiler
+
 PROJECT = Path(__file__).parents[1]
 MEMORY = Path("/dev/shm")
 
@@ -37,6 +39,20 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     # Kernels of other libraries share OpenMP's threads with PyTorch, and may leave another number of them behind.
     if nextitem is None or nextitem.path != item.path:
         assert torch.get_num_threads() == 1, f"{item.path.name} left PyTorch another number of threads"
+
+
+@pytest.fixture
+def inductor_folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep compiled code out of the user's own folder."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
+
+
+@pytest.fixture
+def compiler(inductor_folder: None) -> None:
+    """A compiler; tests that need it are skipped where there is none."""
+    missing = missing_compiler(torch.device("cpu"))
+    if missing:
+        pytest.skip(f"needs a compiler: {missing}")
 
 
 @pytest.fixture(scope="session")

@@ -204,10 +204,10 @@ opaque_backward = torch.library.custom_op("sheepop::backward_in_blocks", backwar
 def shapes_of_forward(
     query: Tensor,
     key: Tensor,
-    value: Tensor,  # noqa: ARG001
+    _value: Tensor,
     window: int,
     sinks: int,
-    document_ids: Tensor | None,  # noqa: ARG001
+    _document_ids: Tensor | None,
     dropout: float,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return what has the shapes, types and layouts of what `forward_in_blocks` returns, for the compiler."""
@@ -222,16 +222,16 @@ def shapes_of_forward(
 
 @opaque_backward.register_fake
 def shapes_of_backward(
-    gradient: Tensor,  # noqa: ARG001
+    _gradient: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    window: int,  # noqa: ARG001
-    sinks: int,  # noqa: ARG001
-    document_ids: Tensor | None,  # noqa: ARG001
-    dropout: float,  # noqa: ARG001
-    all_weights: list[Tensor],  # noqa: ARG001
-    masks: list[Tensor],  # noqa: ARG001
+    _window: int,
+    _sinks: int,
+    _document_ids: Tensor | None,
+    _dropout: float,
+    _all_weights: list[Tensor],
+    _masks: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what has the shapes, types and layouts of what `backward_in_blocks` returns, for the compiler."""
     B, H, T, C = query.shape

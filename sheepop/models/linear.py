@@ -119,7 +119,7 @@ opaque_product = torch.library.custom_op("sheepop::opaque_product", eager_produc
 
 
 @opaque_product.register_fake
-def shape_of_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+def shape_of_product(left: Tensor, right: Tensor, _bias: Tensor | None) -> Tensor:
     """Return what has the product's shape and type, for the compiler."""
     return left.new_empty(*left.shape[:-1], right.shape[0])
 

@@ -8,7 +8,6 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -290,7 +289,7 @@ PROBED_CONTEXT = 128
 
 
 def measure_machine(
-    device: torch.device, *, seconds: float, num_processes: int = 1, fixed: Mapping[str, object] = MappingProxyType({})
+    device: torch.device, *, seconds: float, num_processes: int = 1, fixed: Mapping[str, object]
 ) -> MachineFacts:
     """Return how fast training is on the device, from real steps of a few sizes, in about so many seconds.
 
@@ -340,8 +339,6 @@ def time_finalists(
                 share = min(turn, FINALIST_SECONDS / FINALIST_ROUNDS)
                 measured.append(time_steps(choice.config, device, seconds=share, num_processes=num_processes))
                 longest = max(longest, time.perf_counter() - started)
-    if device.type == "cuda":  # PyTorch would keep the memory, and the run to come is planned for what is free
-        torch.cuda.empty_cache()
     return [(choice, min(measured)) for choice, measured in zip(choices, turns, strict=False) if measured]
 
 

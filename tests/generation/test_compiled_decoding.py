@@ -11,12 +11,8 @@ from sheepop.generation.sampling import SamplingSettings
 from sheepop.models.kv_cache import KVCache
 from sheepop.models.quantization import quantize
 from sheepop.models.transformer import TransformerModel
-from sheepop.utils.compiled_code import missing_compiler
 from sheepop.utils.errors import ConfigError
 
-needs_compiler = pytest.mark.skipif(
-    missing_compiler(torch.device("cpu")) is not None, reason="needs a C++ compiler and Python's header files"
-)
 SIZES = {
     "vocab_size": 23,
     "d_model": 16,
@@ -46,7 +42,7 @@ def model_of(family):
     return quantize(model, "int8") if family == "quantized" else model
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_compiled_step_writes_what_the_model_writes(family, capsys):

@@ -9,11 +9,6 @@ from sheepop.config import load_config
 from sheepop.models.fp8 import LEAST_WIDTH, fp8_linear, suits_fp8
 from sheepop.models.linear import Linear
 from sheepop.models.transformer import TransformerModel
-from sheepop.utils.compiled_code import missing_compiler
-
-needs_compiler = pytest.mark.skipif(
-    missing_compiler(torch.device("cpu")) is not None, reason="needs a C++ compiler and Python's header files"
-)
 
 
 class Products(TorchDispatchMode):
@@ -109,7 +104,7 @@ def test_frozen_parts_get_no_gradient(frozen):
     assert [argument.grad is None for argument in arguments] == [frozen == 0, frozen == 1]
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiler")
 def test_compiled_code_gives_the_same():
     arguments = tensors()
     eager = results(fp8_linear, arguments)
@@ -182,11 +177,10 @@ def test_recomputed_activations_are_the_same(model):
         assert found.equal(same)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_compiled_blocks_learn_the_same(model, recomputes, monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
+def test_compiled_blocks_learn_the_same(model, recomputes):
     torch._dynamo.reset()
     exact = loss_and_gradients(model.train())
     model.learn_in_fp8()

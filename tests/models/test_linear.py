@@ -13,11 +13,7 @@ from sheepop.models.linear import (
     prefers_onednn,
     product,
 )
-from sheepop.utils.compiled_code import missing_compiler
 
-needs_compiler = pytest.mark.skipif(
-    missing_compiler(torch.device("cpu")) is not None, reason="needs a C++ compiler and Python's header files"
-)
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs PyTorch with oneDNN")
 
 
@@ -44,10 +40,9 @@ def test_onednn_gives_the_stock_layers_values_and_gradients(inputs, outputs, bia
 
 
 @needs_onednn
-@needs_compiler
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("bias", [False, True])
-def test_compiled_code_goes_to_onednn_too(bias, monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
+def test_compiled_code_goes_to_onednn_too(bias, monkeypatch):
     monkeypatch.setattr("sheepop.models.linear.IS_INTEL", False)
     arguments = tensors((30, 50), 128, 256, bias)
 

@@ -8,18 +8,7 @@ from safetensors.torch import load_file
 from sheepop.training import compiling
 from sheepop.training.compiling import decide_compiling
 from sheepop.training.step import MicroBatch, micro_batch_loss
-from sheepop.utils.compiled_code import missing_compiler
 from sheepop.utils.errors import ConfigError
-
-needs_compiler = pytest.mark.skipif(
-    missing_compiler(torch.device("cpu")) is not None, reason="needs a C++ compiler and Python's header files"
-)
-
-
-@pytest.fixture
-def cached(monkeypatch, tmp_path_factory):
-    """Keep compiled code out of the user's own folder."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
 
 
 @pytest.fixture
@@ -49,14 +38,14 @@ def test_without_a_compiler_auto_is_eager_silently_and_on_is_an_error(tmp_path, 
         train_in(tmp_path / "other", **{"training.max_steps": 1, "training.compile": "on"})
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiler")
 def test_a_short_run_is_not_compiled_and_says_so(tmp_path, train_in, capfd):
     run = train_in(tmp_path / "run", **{"training.max_steps": 2})
     assert saved_setting(run) == "off"
     assert "compile: off (2 steps of this size are over before it pays)" in capfd.readouterr().err
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     ("times", "asked", "reason"),
     [
@@ -72,7 +61,7 @@ def test_a_short_run_is_not_compiled_and_says_so(tmp_path, train_in, capfd):
     ids=["pays", "no faster", "short", "broken"],
 )
 def test_auto_is_decided_by_measured_steps(
-    tmp_path, train_in, monkeypatch, cached, compiled_blocks, capfd, times, asked, reason
+    tmp_path, train_in, monkeypatch, compiled_blocks, capfd, times, asked, reason
 ):
     def measure(run):
         time = times.pop(0)
@@ -88,8 +77,8 @@ def test_auto_is_decided_by_measured_steps(
     assert reason in capfd.readouterr().err
 
 
-@needs_compiler
-def test_a_run_goes_on_as_it_began(tmp_path, train_in, cached, compiled_blocks):
+@pytest.mark.usefixtures("compiler")
+def test_a_run_goes_on_as_it_began(tmp_path, train_in, compiled_blocks):
     train_in(tmp_path / "run", **{"training.max_steps": 2, "training.compile": "on"})
     more = {"training.max_steps": 4, "training.schedule": "constant"}
     run = train_in(tmp_path / "run", resume="auto", accept_changes=True, **more)
@@ -101,7 +90,7 @@ def test_a_run_goes_on_as_it_began(tmp_path, train_in, cached, compiled_blocks):
     assert saved_setting(run) == "off"
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize(
@@ -110,7 +99,7 @@ def test_a_run_goes_on_as_it_began(tmp_path, train_in, cached, compiled_blocks):
     ids=["classic", "modern", "sinks"],
 )
 def test_compiled_equals_eager_dropout_included_and_compiles_once(
-    tiny_config, bare_run, cached, preset, sight, checkpointing, recompilations
+    tiny_config, bare_run, preset, sight, checkpointing, recompilations
 ):
     settings = {"model.dropout": 0.2, "model.num_layers": 3, "training.compile": "on"}
     config = tiny_config(preset=preset, **settings, **sight)
@@ -133,11 +122,9 @@ def test_compiled_equals_eager_dropout_included_and_compiles_once(
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.slow
-def test_a_compiled_run_resumes_exactly_and_a_short_last_batch_is_not_compiled_anew(
-    tmp_path, train_in, cached, recompilations
-):
+def test_a_compiled_run_resumes_exactly_and_a_short_last_batch_is_not_compiled_anew(tmp_path, train_in, recompilations):
     settings = {"training.max_steps": 9, "training.compile": "on", "model.dropout": 0.1, "training.save_interval": 3}
     straight = train_in(tmp_path / "straight", **settings)  # the seventh step, an epoch's last, is short
     assert recompilations() == 1

@@ -227,7 +227,7 @@ def test_too_short_a_time_is_a_clear_error(text, tmp_path, slow_machine):
 
 
 def test_the_machine_is_measured_by_real_steps():
-    facts = dial.measure_machine(CPU, seconds=0.0)
+    facts = dial.measure_machine(CPU, seconds=0.0, fixed={})
     assert facts.overhead >= 0
     assert all(1e8 < speed < 1e15 for speed in facts.speeds.values())
     assert facts.bandwidth > 1e7

@@ -106,8 +106,7 @@ def test_a_plan_is_made_of_such_steps(tmp_path, corpus_folder, capable, capfd):
         ),
     ],
 )
-def test_a_run_resumes_exactly(tmp_path, train_in, capable, monkeypatch, tmp_path_factory, compiled):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
+def test_a_run_resumes_exactly(tmp_path, train_in, capable, inductor_folder, compiled):
     settings = FP8 | {"training.max_steps": 9, "training.save_interval": 3, "training.compile": compiled}
     settings |= {"model.dropout": 0.1, "training.activation_checkpointing": True}
     straight = train_in(tmp_path / "straight", **settings)

@@ -491,7 +491,7 @@ def test_scores_that_are_not_finite_are_said() -> None:
         ({"stop_sequences": [[1], []]}, "'stop_sequences' is empty"),
         ({"logit_bias": {31: 1.0}}, "'logit_bias' has 1.0 for the token 31"),
         ({"logit_bias": {3: torch.inf}}, "'logit_bias' has inf"),
-        ({"max_new_tokens": 9}, r"cache of 11 tokens \(6\.9 kB\), but there is room for 10 \(5\.8 kB\)"),
+        ({"max_new_tokens": 9}, r"cache of 11 tokens \(6\.75 KiB\), but there is room for 10 \(5\.62 KiB\)"),
     ],
 )
 def test_requests_that_cannot_be_are_refused_at_once(changes: dict[str, object], message: str) -> None:

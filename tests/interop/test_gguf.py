@@ -15,7 +15,7 @@ import torch
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.interop.convert import export_model, import_model
 from sheepop.interop.gguf import prove, prove_with_llama_cpp, write_gguf
-from sheepop.interop.gguf_file import TENSOR_TYPES, GgufFile
+from sheepop.interop.gguf_file import MOST_STRINGS, TENSOR_TYPES, GgufFile
 from sheepop.interop.llama_cpp_engine import llama_cpp
 from sheepop.models.pretrained import load_pretrained, resolve_checkpoint
 from sheepop.utils.errors import CheckpointError, ConfigError
@@ -410,7 +410,7 @@ LARGE = 40_000_000
 GREEDY_FILES = {
     "a list of too many strings": lambda: header(0, 1, text("x"), struct.pack("<IIQ", 9, 8, LARGE // 8), bytes(LARGE)),
     "a list of as many strings as may be": lambda: header(
-        0, 1, text("x"), struct.pack("<IIQ", 9, 8, 2**21), *(text(f"{n:07}") for n in range(2**21))
+        0, 1, text("x"), struct.pack("<IIQ", 9, 8, MOST_STRINGS), *(text(f"{n:07}") for n in range(MOST_STRINGS))
     ),
     "a list of lists": lambda: header(0, 1, text("x"), struct.pack("<IIQ", 9, 9, 10**12), bytes(1000)),
     "a list without end": lambda: header(0, 1, text("x"), struct.pack("<IIQ", 9, 0, 2**63), bytes(1000)),

@@ -198,6 +198,9 @@ class TrainingConfig(Section):
     beta1: Fraction = Field(0.9, description="decay of AdamW's first moment")
     beta2: Fraction = Field(0.95, description="decay of AdamW's second moment")
     muon_momentum: Fraction = Field(0.95, description="decay of Muon's running sum of gradients")
+    muon_rounds: Annotated[int, Field(ge=3, le=5)] = Field(
+        5, description="products that make Muon's update orthogonal; 3 are faster, for small batches of wide models"
+    )
     muon_lr_ratio: float = Field(1.0, gt=0, description="Muon's learning rate over learning_rate")
     adam_epsilon: float = Field(1e-8, gt=0, description="added to the root of AdamW's second moment")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(

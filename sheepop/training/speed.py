@@ -120,8 +120,8 @@ def step_work(config: Config, precision: str, device: str) -> tuple[float, float
     logits = logits_bytes(model, batch_size=training.batch_size, context=context, bytes_per_number=size)
     traffic = (kept + logits) * training.gradient_accumulation_steps
     if training.optimizer == "muon":
-        # Five rounds of Newton-Schulz, for pieces of about D x D: 3 products of 2 D³ each.
-        flops += 5 * 6 * model.d_model * inner_matrices(model)
+        # Rounds of Newton-Schulz, for pieces of about D x D: 3 products of 2 D³ each.
+        flops += training.muon_rounds * 6 * model.d_model * inner_matrices(model)
     return flops, traffic + 4 * 6 * count_parameters(model).total
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sheepop.models.transformer import TransformerModel
-from sheepop.training.muon import COEFFICIENTS, ROUNDS, Muon, orthogonalize
+from sheepop.training.muon import COEFFICIENTS, FEWER_ROUNDS, ROUNDS, Muon, orthogonalize
 from sheepop.training.optimizer import make_optimizer
 
 
@@ -38,8 +38,37 @@ def test_singular_values_come_near_one_and_directions_stay(rows, more, seed):
         assert ((inner.diag()[shown] > 0.5) & (inner.diag()[shown] < 1.3)).all()
 
 
+@pytest.mark.parametrize(("rounds", "least", "error"), [(3, 0.01, 0.2697), (4, 0.003, 0.1984)])
+def test_fewer_rounds_bring_singular_values_as_near_to_one(rounds, least, error):
+    values = torch.logspace(math.log10(least), 0, 400, dtype=torch.float64)
+    matrices = values.view(-1, 1, 1) * torch.eye(1, 2, dtype=torch.float64)
+    for coefficients in FEWER_ROUNDS[rounds]:
+        matrices = newton_schulz_round(matrices, coefficients)
+    assert (matrices[:, 0, 0] - 1).abs().max() < error
+
+    generator = torch.Generator().manual_seed(rounds)
+    given = torch.randn(2, 20, 60, generator=generator, dtype=torch.float64)
+    expected = given / given.norm(dim=(1, 2), keepdim=True)
+    for coefficients in FEWER_ROUNDS[rounds]:
+        expected = torch.stack([newton_schulz_round(matrix[None], coefficients)[0] for matrix in expected])
+    torch.testing.assert_close(orthogonalize(given, rounds), expected)
+
+
+def newton_schulz_round(matrices, coefficients):
+    a, b, c = coefficients
+    gram = matrices @ matrices.mT
+    return a * matrices + b * gram @ matrices + c * gram @ gram @ matrices
+
+
+def test_the_rounds_are_a_setting(tiny_config):
+    model = TransformerModel(tiny_config().model)
+    config = tiny_config(**{"training.optimizer": "muon", "training.muon_rounds": 3})
+    assert make_optimizer(model, config.training).rounds == 3
+
+
 def test_a_matrix_of_zeros_stays_one():
     assert not orthogonalize(torch.zeros(2, 3, 4)).any()
+    assert not orthogonalize(torch.zeros(2, 3, 4), 3).any()
 
 
 @pytest.mark.parametrize("shape", [(6, 17), (17, 6), (8, 8)])

@@ -18,6 +18,7 @@ from sheepop.training.recipe import (
     dropout_for,
     effective_tokens,
     finalists,
+    muon_rounds_for,
     shape_of,
     usable_tokenizers,
     with_measured_step,
@@ -50,6 +51,11 @@ machines = st.builds(
     speeds=st.fixed_dictionaries({"fp32": st.floats(1e10, 1e13), "bf16": st.floats(1e10, 1e14)}),
     bandwidth=st.floats(1e9, 1e12),
 )
+
+
+def test_small_batches_take_fewer_rounds_of_muon():
+    assert choice_for(10).config.training.muon_rounds == 3
+    assert muon_rounds_for(768, 2**19) == 5
 
 
 @settings(deadline=None, max_examples=25)

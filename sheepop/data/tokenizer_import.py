@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models
 
-from sheepop.data.text_marks import text_marks
+from sheepop.data.text_marks import KNOWN_END_TOKENS, text_marks
 from sheepop.data.tokenizer_parts import CL100K, END_OF_TEXT, O200K, byte_level, byte_level_table, special_token
 from sheepop.utils.errors import ConfigError, DataError
 from sheepop.utils.logging import log
@@ -129,7 +129,8 @@ def _load_json(file: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(f"{file} is not a whole {TOKENIZER_FILE}: {error}.") from None
-    if text_marks(json.loads(backend.to_str()), backend.get_vocab()).end is None:
+    is_marked = any(backend.token_to_id(name) is not None for name in KNOWN_END_TOKENS)
+    if not is_marked and text_marks(json.loads(backend.to_str()), backend.get_vocab()).end is None:
         backend.add_special_tokens([special_token(END_OF_TEXT)])
         log(f"{file} has no token that ends a text; {END_OF_TEXT} was added as {backend.token_to_id(END_OF_TEXT)}")
     return backend

@@ -102,14 +102,24 @@ def splitting_pattern(layout: dict[str, Any]) -> str | None:
     return None
 
 
+def byte_level_bytes(name: str) -> bytes:
+    """Return the bytes that a name in GPT-2's characters stands for; one with others is an added token, as it is."""
+    try:
+        return name.translate(CHARACTER_OF_BYTE).encode("latin-1")
+    except UnicodeEncodeError:
+        return name.encode("utf-8")
+
+
+# What GPT-2's characters stand for as characters of Latin-1, and for those of Latin-1 that are none one beyond it.
+CHARACTER_OF_BYTE = dict.fromkeys(range(0x100), 0xFFFF) | {ord(c): byte for c, byte in byte_level_table().items()}
+
+
 def token_to_bytes(decoder: dict[str, Any] | None) -> Callable[[str], bytes] | None:
     """Return the function from a token's name to its bytes, for the decoders that treat tokens one by one."""
     if decoder is None:
         return None
     if decoder["type"] == "ByteLevel":
-        table = byte_level_table()
-        # A name with other characters is an added token, written as it is.
-        return lambda name: bytes(table[c] for c in name) if all(c in table for c in name) else name.encode("utf-8")
+        return byte_level_bytes
     parts = [part["type"] for part in decoder.get("decoders", [])]
     if parts == ["ByteFallback", "Fuse"]:
         names = {byte_name(byte): bytes([byte]) for byte in range(256)}

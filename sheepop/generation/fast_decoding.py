@@ -56,10 +56,10 @@ class FastDecoder:
         config = self.config = model.config
         self.model = model
         self.turns = model.rotary.numpy() if config.positions == "rotary" else np.empty((0, 1, 2), dtype=np.float32)
-        self.layers = [Layer(block) for block in model.blocks if isinstance(block, TransformerBlock)]
-        self.final_norm = norm_of(model.final_norm)
-        self.head = product_of(model.head)
         self.reader = model if config.quantization == "none" else with_kernels(model)
+        self.layers = [Layer(block) for block in self.reader.blocks if isinstance(block, TransformerBlock)]
+        self.final_norm = norm_of(model.final_norm)
+        self.head = product_of(self.reader.head)
 
     def __call__(self, token_ids: Tensor, cache: KVCache) -> Tensor:
         """Return what `model(token_ids, cache=cache, last_only=True)` returns: (N, T) to (N, 1, V)."""
@@ -155,6 +155,8 @@ class Layer:
 
 def product_of(layer: nn.Module) -> Product:
     """Return the function (inputs (N, I), outputs (N, O), adds) of a linear layer, quantized or not."""
+    if isinstance(layer, KernelLinear):
+        return layer.multiply
     bias = NONE if layer.bias is None else numbers(layer.bias)
     if not isinstance(layer, QuantizedLinear):
         weights: list[NDArray[Any]] = [numbers(layer.weight)]
@@ -181,14 +183,14 @@ class KernelLinear(nn.Module):
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
-        self.num_outputs, self._multiply = layer.values.shape[0], product_of(layer)
+        self.num_outputs, self.multiply = layer.values.shape[0], product_of(layer)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (..., I) to (..., O)."""
         inputs = hidden.flatten(0, -2).contiguous().numpy()
         outputs = aligned(len(inputs), self.num_outputs)
         with numba_threads():
-            self._multiply(inputs, outputs, False)
+            self.multiply(inputs, outputs, False)
         return torch.from_numpy(outputs).view(*hidden.shape[:-1], -1)
 
 

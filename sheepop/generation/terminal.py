@@ -16,7 +16,7 @@ from sheepop.generation.grammar import Grammar, GrammarKind, constraint_of
 from sheepop.generation.prompt_file import PromptOptions, read_prompts
 from sheepop.generation.sampling import SamplingSettings
 from sheepop.generation.speculation import LookUp, Speculator
-from sheepop.models.pretrained import load_pretrained, resolve_checkpoint
+from sheepop.models.pretrained import read_model, resolve_checkpoint, verified_meanwhile
 from sheepop.models.quantization import quantize
 from sheepop.models.quantized_layers import Quantization
 from sheepop.models.transformer import TransformerModel
@@ -257,9 +257,10 @@ def load_model_and_tokenizer(
         CheckpointError: one of them is missing or damaged, or their vocabularies differ.
     """
     folder = resolve_checkpoint(checkpoint)
-    model = load_pretrained(folder, resolve_device(device))
-    tokenizer = load_model_tokenizer(folder, model.config.vocab_size)
-    return quantize(model, quantization) if quantization else model, tokenizer
+    with verified_meanwhile(folder):
+        model = read_model(folder, resolve_device(device), shares_file=quantization is not None)
+        tokenizer = load_model_tokenizer(folder, model.config.vocab_size)
+        return quantize(model, quantization) if quantization else model, tokenizer
 
 
 def _lines() -> Iterator[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sheepop.data.tokenizer import load_model_tokenizer
 from sheepop.interop.imported import refuse_to_replace, write_stateless
-from sheepop.models.pretrained import load_pretrained, read_settings, resolve_checkpoint, stored_weights
+from sheepop.models.pretrained import read_model, read_settings, resolve_checkpoint, stored_weights, verified_meanwhile
 from sheepop.models.quantization import quantize
 from sheepop.models.quantized_layers import Quantization
 
@@ -18,6 +18,7 @@ def quantize_checkpoint(checkpoint: Path, output: Path, quantization: Quantizati
     """
     refuse_to_replace(output)
     folder = resolve_checkpoint(checkpoint)
-    model = quantize(load_pretrained(folder), quantization)
+    with verified_meanwhile(folder):
+        model = quantize(read_model(folder, shares_file=True), quantization)
     settings = read_settings(folder).model_copy(update={"model": model.config})
     write_stateless(output, settings, stored_weights(model), load_model_tokenizer(folder, model.config.vocab_size))

@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ LATEST_POINTER = "latest.json"
 BEST_POINTER = "best.json"
 STATE_FILE = "training_state/state.json"
 CHECKPOINT_FORMAT = "sheepop-checkpoint"
+LARGE_FILE = 2**24  # bytes, whose sum takes some ten milliseconds
 LARGEST_HEADER = 2**21  # bytes of names and shapes in a safetensors file: some 20,000 tensors
 FORMAT_VERSION = 2  # 1: the manifest had no sum of itself, the state no guard and PyTorch's own loss scaler
 
@@ -138,11 +141,57 @@ def verify_manifest(folder: Path) -> None:
     Raises:
         CheckpointError: a file is missing or differs; it is named.
     """
-    if not (folder / MANIFEST_FILE).is_file():
-        if (folder / STATE_FILE).parent.exists():
-            raise CheckpointError(f"The checkpoint {folder} has no {MANIFEST_FILE}: it was not written to its end.")
-        return
-    for name, expected in read_manifest(folder)["files"].items():
+    verify_files(folder, listed_files(folder))
+
+
+@contextmanager
+def verified_meanwhile(folder: Path) -> Iterator[None]:
+    """Do what `verify_manifest` does, with the large files on another core while the block uses them.
+
+    Small ones, among them settings, are compared before the block begins.
+
+    Raises:
+        CheckpointError: as `verify_manifest`; for a large file at the block's end, also in place of an error in it.
+    """
+    large = listed_files(folder)
+    small = {name: large.pop(name) for name in list(large) if not is_large(folder / name)}
+    verify_files(folder, small)
+    with ThreadPoolExecutor(1) as pool:
+        verdict = pool.submit(verify_files, folder, large)
+        try:
+            yield
+        except Exception:
+            verdict.result()
+            raise
+        verdict.result()
+
+
+def is_large(path: Path) -> bool:
+    """Say whether there is a file of whose sum the computation takes noticeable time."""
+    return path.is_file() and path.stat().st_size >= LARGE_FILE
+
+
+def listed_files(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint's manifest says of its files; nothing for a folder that has none and needs none.
+
+    Raises:
+        CheckpointError: as `read_manifest`, or the checkpoint of a run has none.
+    """
+    if (folder / MANIFEST_FILE).is_file():
+        files: dict[str, Any] = read_manifest(folder)["files"]
+        return files
+    if (folder / STATE_FILE).parent.exists():
+        raise CheckpointError(f"The checkpoint {folder} has no {MANIFEST_FILE}: it was not written to its end.")
+    return {}
+
+
+def verify_files(folder: Path, files: Mapping[str, Any]) -> None:
+    """Compare files of a checkpoint with what its manifest says of them.
+
+    Raises:
+        CheckpointError: as `verify_manifest`.
+    """
+    for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             problem = "is missing"
@@ -214,8 +263,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}). Use another checkpoint.") from None
 
 
-def load_weights(model: TransformerModel, folder: Path) -> None:
+def load_weights(model: TransformerModel, folder: Path, *, shares_file: bool = False) -> None:
     """Fill `model`, which is not sharded, from `folder`.
+
+    With `shares_file` its weights become the file's memory, which is read where and when it is needed, in the type that
+    the file has. It does not lie as it is read the fastest, so that this is for what is used once.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape; it is named with both shapes.
@@ -230,7 +282,9 @@ def load_weights(model: TransformerModel, folder: Path) -> None:
             raise CheckpointError(
                 f"The checkpoint {folder} does not fit the model: for '{name}' the file {has}, the model {needs}."
             )
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict(weights, strict=False, assign=shares_file)
+    if shares_file and model.config.tie_weights and model.config.quantization == "none":
+        model.head.weight = model.token_embedding.weight
 
 
 def load_pretrained(folder: Path, device: torch.device | str = "cpu") -> TransformerModel:
@@ -239,7 +293,12 @@ def load_pretrained(folder: Path, device: torch.device | str = "cpu") -> Transfo
     Raises:
         CheckpointError: the folder is damaged or not a checkpoint.
     """
-    verify_manifest(folder)
+    with verified_meanwhile(folder):
+        return read_model(folder, device)
+
+
+def read_model(folder: Path, device: torch.device | str = "cpu", *, shares_file: bool = False) -> TransformerModel:
+    """Do what `load_pretrained` does, within `verified_meanwhile`; `shares_file` as in `load_weights`."""
     model = TransformerModel(read_settings(folder).model, initialize=False)
-    load_weights(model, folder)
+    load_weights(model, folder, shares_file=shares_file)
     return model.to(device).eval()

@@ -5,6 +5,7 @@ about zero. Of 4 bits each group of 32 neighbours in a row has a scale and a low
 which a weight takes 5.
 """
 
+import importlib.util
 from typing import Literal
 
 import torch
@@ -23,7 +24,10 @@ SMALLEST = torch.finfo(torch.float32).tiny  # a scale that is not zero
 # Cutting off a group's outermost weights costs them and spares the others: of these shares of the range the best is
 # taken, by the squared error (`docs/log.md`).
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-WEIGHTS_AT_ONCE = 2**22  # of which the candidates are in memory at one time
+# Weights whose candidates are in memory at one time: on a CPU few enough for its caches, elsewhere few operators.
+WEIGHTS_AT_ONCE, WEIGHTS_AT_ONCE_ELSEWHERE = 2**17, 2**22
+PARTS = 8  # sums of a group's squares, before they are added to one: the order that PyTorch had here
+KERNELS_FROM = 2**18  # weights of a matrix with which loading compiled code is repaid
 
 
 class QuantizedLinear(nn.Module):
@@ -74,7 +78,16 @@ class QuantizedLinear(nn.Module):
         """Take a weight (O, I) and a bias (O,), rounded."""
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
-        at_once = max(1, WEIGHTS_AT_ONCE // self.num_inputs)
+        if has_kernels(weight):
+            from sheepop.models import rounding_kernels
+
+            if self.is_packed:
+                rounding_kernels.fill_groups(weight.float(), self.values, self.scale, self.lowest)
+            else:
+                rounding_kernels.fill_rows(weight.float(), self.values, self.scale)
+            return
+        most = WEIGHTS_AT_ONCE if weight.device.type == "cpu" else WEIGHTS_AT_ONCE_ELSEWHERE
+        at_once = max(1, most // self.num_inputs)
         for start in range(0, len(weight), at_once):
             part = slice(start, start + at_once)
             if self.is_packed:
@@ -113,6 +126,12 @@ def use_quantized_layers(model: nn.Module, config: ModelConfig) -> None:
     model.token_embedding = QuantizedEmbedding(table)
 
 
+def has_kernels(weight: Tensor) -> bool:
+    """Say whether a weight is rounded by compiled code, several times as fast as by PyTorch's operators."""
+    is_large = weight.device.type == "cpu" and weight.numel() >= KERNELS_FROM
+    return is_large and importlib.util.find_spec("numba") is not None
+
+
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round rows (O, I) to 8 bits: numbers -127 to 127 as int8, and the scale of each row (O,)."""
     scale = weight.abs().amax(1).clamp(min=SMALLEST) / LARGEST
@@ -130,10 +149,19 @@ def round_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         begin, step = middle - shrink * half, (2 * shrink * half / LEVELS).clamp(min=SMALLEST)
         begin, step = (each.bfloat16().float() for each in (begin, step))  # as they are kept
         found = ((groups - begin[..., None]) / step[..., None]).round().clamp(0, LEVELS)
-        error = (found * step[..., None] + begin[..., None] - groups).square().sum(-1)  # (O, G)
+        error = sum_in_order((found * step[..., None] + begin[..., None] - groups).square())  # (O, G)
         is_better = error < least
         least, lowest, scale = (
             torch.where(is_better, new, old) for new, old in ((error, least), (begin, lowest), (step, scale))
         )
         numbers = torch.where(is_better[..., None], found.to(torch.uint8), numbers)
     return numbers, scale, lowest
+
+
+def sum_in_order(squares: Tensor) -> Tensor:
+    """Return the sums (O, G) of squares (O, G, 32), in one order on each machine, so that all choose alike."""
+    totals = torch.stack(torch.split(squares, PARTS, dim=-1))  # (4, O, G, 8)
+    for dim in (0, -1):
+        first, *others = totals.unbind(dim)
+        totals = sum(others, first)
+    return totals

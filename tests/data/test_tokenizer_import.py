@@ -12,7 +12,7 @@ from sheepop.data import tokenizer as tokenizer_module
 from sheepop.data.fast_bpe import has_unassigned
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.data.tokenizer_import import TIKTOKEN_SCHEMES, load_tiktoken
-from sheepop.data.tokenizer_parts import byte_level, byte_level_table
+from sheepop.data.tokenizer_parts import byte_level, byte_level_table, token_to_bytes
 from sheepop.utils.errors import ConfigError, DataError
 
 tiktoken = pytest.importorskip("tiktoken", reason="the reference is not installed")
@@ -35,6 +35,17 @@ def reference(scheme: str, ranks: dict[bytes, int], monkeypatch: pytest.MonkeyPa
         patch.setattr(public, "load_tiktoken_bpe", lambda *_, **__: {})
         pattern = getattr(public, f"{scheme}_base")()["pat_str"]
     return tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def test_the_bytes_behind_a_name_are_those_of_its_characters_if_it_has_all() -> None:
+    table = byte_level_table()
+    to_bytes = token_to_bytes({"type": "ByteLevel"})
+    assert to_bytes is not None
+    for number in (*range(0x300), 0x4E2D, 0xFFFF, 0x1F411):
+        for name in (chr(number), "a\u0120" + chr(number), chr(number) + "\u0142"):
+            is_known = all(character in table for character in name)
+            expected = bytes(table[character] for character in name) if is_known else name.encode("utf-8")
+            assert to_bytes(name) == expected
 
 
 def write_ranks(path: Path, ranks: dict[bytes, int]) -> Path:

@@ -1,7 +1,9 @@
+import hashlib
 import json
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,9 +13,10 @@ from sheepop.cli import main
 from sheepop.config import Config, ModelConfig
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.interop.imported import write_imported
-from sheepop.models.pretrained import load_pretrained, save_weights, stored_weights
+from sheepop.models import pretrained
+from sheepop.models.pretrained import load_pretrained, read_model, save_weights, stored_weights
 from sheepop.models.quantization import quantize
-from sheepop.models.quantized_layers import GROUP, LARGEST, PAIR, QuantizedLinear
+from sheepop.models.quantized_layers import GROUP, KERNELS_FROM, LARGEST, PAIR, QuantizedLinear
 from sheepop.models.transformer import TransformerModel
 from sheepop.utils.errors import ConfigError
 from sheepop.utils.files import write_json
@@ -90,6 +93,103 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path, bits: Literal["int8", "
     token_ids = torch.randint(0, 41, (2, 12))
     with torch.no_grad():
         assert torch.equal(loaded(token_ids), quantized(token_ids))
+
+
+def cubes_as_weights(rows: int, inputs: int) -> torch.Tensor:
+    """Return weights (O, I) of all sizes, most of them small, that are the same everywhere."""
+    numbers = np.arange(rows * inputs, dtype=np.uint64) * np.uint64(2654435761) % np.uint64(2**32)
+    return torch.from_numpy(((numbers / 2**32 - 0.5) ** 3).astype(np.float32).reshape(rows, inputs))
+
+
+@pytest.mark.parametrize(
+    ("bits", "expected"),
+    [
+        ("int8", "c3216e97e96dd27d9084cac4a847b15662ee5952858dfaca384d5f1cfeb2c408"),
+        ("int4", "5aa8862d94fa1b1a570232c689d2f50ee24b8158dba60bd9c9db440845dd7402"),
+    ],
+)
+def test_rounded_weights_are_those_of_earlier_versions(bits: Literal["int8", "int4"], expected: str) -> None:
+    layer = QuantizedLinear(512, 600, bias=False, quantization=bits)
+    layer.fill(cubes_as_weights(600, 512), None)
+    content = b"".join(buffer.view(torch.uint8).numpy().tobytes() for buffer in layer.buffers())
+    assert hashlib.sha256(content).hexdigest() == expected
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-3, 1.0, 1e4, 1e18, 1e19, 1e30])
+@pytest.mark.parametrize("shift", [0.0, -3.0])
+def test_a_large_matrix_is_rounded_to_the_last_bit_like_small_ones(
+    bits: Literal["int8", "int4"], scale: float, shift: float
+) -> None:
+    rows, inputs, few = 2 * (KERNELS_FROM // 448) - 1, 448, 90
+    weight = scale * (torch.randn(rows, inputs, generator=torch.Generator().manual_seed(6)) + shift)
+    weight[7] = weight[7, 0]
+    weight[8] = 0
+    weight[9] = weight[9].bfloat16().float() * 4  # many equal errors
+    assert weight[:few].numel() < KERNELS_FROM <= weight.numel()  # by PyTorch's operators, and by compiled code
+    large = QuantizedLinear(inputs, rows, bias=False, quantization=bits)
+    large.fill(weight, None)
+    for start in range(0, rows, few):
+        part = weight[start : start + few]
+        small = QuantizedLinear(inputs, len(part), bias=False, quantization=bits)
+        small.fill(part, None)
+        for found, expected in zip(large.buffers(), small.buffers(), strict=True):
+            assert torch.equal(found[start : start + few], expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_weights_that_are_no_numbers_stay_none(bits: Literal["int8", "int4"]) -> None:
+    weight = torch.randn(KERNELS_FROM // 512, 512)
+    weight[3, 5], weight[4, 5] = torch.nan, torch.inf
+    large = QuantizedLinear(512, len(weight), bias=False, quantization=bits)
+    large.fill(weight, None)
+    small = QuantizedLinear(512, 5, bias=False, quantization=bits)
+    small.fill(weight[:5], None)
+    assert torch.equal(large.weight[:5].isnan(), small.weight.isnan())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_out_of_the_file_it_is_the_same_as_out_of_memory(
+    tmp_path: Path, bits: Literal["int8", "int4"], tied: bool, dtype: torch.dtype
+) -> None:
+    model = tiny(tie_weights=tied, bias=True, positions="learned", ngram_order=2)
+    write_json(tmp_path / "config.json", Config(model=model.config).model_dump())
+    weights = {name: tensor.to(dtype) for name, tensor in stored_weights(model).items()}
+    save_weights(weights, model.config, tmp_path / "model.safetensors")
+    shared = read_model(tmp_path, shares_file=True)
+    token_ids = torch.randint(0, 41, (2, 12))
+    with torch.no_grad():
+        if dtype == torch.float32:
+            assert torch.equal(shared(token_ids), model(token_ids))
+        found, expected = quantize(shared, bits), quantize(load_pretrained(tmp_path), bits)
+        assert torch.equal(found(token_ids), expected(token_ids))
+    assert all(tensor.dtype != torch.bfloat16 for name, tensor in stored_weights(found).items() if "norm" in name)
+
+
+@pytest.mark.parametrize("large_file", [1, 2**24])  # from which files are compared while others are used
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_checkpoint_is_not_rounded(
+    tmp_path: Path, file: str, large_file: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained, "LARGE_FILE", large_file)
+    tokenizer = Tokenizer.train("char", ["the ewe is old"], vocab_size=64)
+    model = tiny(vocab_size=tokenizer.vocab_size)
+    folder = tmp_path / "model"
+    write_imported(folder, model.config, stored_weights(model), tokenizer)
+    content = bytearray((folder / file).read_bytes())
+    content[-9] ^= 1  # a weight, or what makes the text no JSON any more or other JSON
+    (folder / file).write_bytes(content)
+    for words in (
+        ["generate", "--checkpoint", str(folder), "--prompt", "the", "--quantize", "int8"],
+        ["quantize", "--checkpoint", str(folder), "--output", str(tmp_path / "eight")],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run_command(words)
+        assert ended.value.code == 4
+        assert f"damaged: {file}" in capsys.readouterr().err
+    assert not (tmp_path / "eight").exists()
 
 
 def test_inputs_that_fill_no_group_keep_8_bits() -> None:

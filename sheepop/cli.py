@@ -15,7 +15,13 @@ import typer
 from sheepop.utils.errors import SheepopError
 from sheepop.utils.files import full_disk_is_a_clear_error
 from sheepop.utils.logging import log
-from sheepop.utils.runtime import end_at_once_among_others, hide_remark_on_norms, wait_politely
+from sheepop.utils.runtime import (
+    collecting_rarely,
+    end_at_once_among_others,
+    end_without_a_search,
+    hide_remark_on_norms,
+    wait_politely,
+)
 
 app = typer.Typer(
     name="sheepop",
@@ -324,6 +330,7 @@ def evaluate(
 
 
 @app.command()
+@collecting_rarely()
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Option(help="text to continue (default: begin a document)")] = None,
@@ -436,6 +443,7 @@ def compare_generation(
 
 
 @app.command()
+@collecting_rarely()
 def chat(
     checkpoint: Checkpoint,
     max_new_tokens: Annotated[int, typer.Option(help="tokens of one turn")] = 100,
@@ -518,6 +526,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in words
     wait_politely()
     hide_remark_on_norms()
+    end_without_a_search()
     with end_at_once_among_others():
         run_guarded(lambda: app(args=[word for word in words if word != "--debug"], prog_name="sheepop"), debug=debug)
 

@@ -526,6 +526,25 @@ print("heavy:", sorted({"torch", "numpy", "tokenizers", "matplotlib"} & set(sys.
         assert f"\n  {command} " in finished.stdout
 
 
+def test_generate_neither_loads_nor_searches_what_it_does_not_use(place):
+    script = """
+import atexit, gc, sys
+atexit.register(lambda: print("frozen:", gc.get_freeze_count() > 10_000))
+from sheepop.cli import main
+usual = gc.get_threshold()
+try:
+    main(["generate", "--checkpoint", "run", "--prompt", "the ", "--quantize", "int8", "--max-new-tokens", "2"])
+except SystemExit as ended:
+    assert ended.code == 0
+loaded = {"awkward", "gigatoken"} & set(sys.modules)
+print("searched as before:", gc.get_threshold() == usual, "loaded:", sorted(loaded))
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", script], cwd=place, capture_output=True, text=True, timeout=200, check=True
+    )
+    assert finished.stdout.endswith("searched as before: True loaded: []\nfrozen: True\n")
+
+
 def test_the_scripts_at_the_root_work_as_their_first_users_know_them(place):
     (place / "data/wikitext_103.txt").write_bytes((place / "hill.txt").read_bytes())
 

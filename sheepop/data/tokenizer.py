@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -77,7 +77,7 @@ class Tokenizer:
         self._backend = backend
         self._characters_encoded = 0
         self._layout = json.loads(backend.to_str())
-        vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        vocabulary = names_and_ids(self._layout)
         self.marks = marks = text_marks(self._layout, vocabulary)
         if marks.end is None:
             raise DataError(f"The tokenizer has no token that ends a text, none of {', '.join(KNOWN_END_TOKENS)}.")
@@ -283,7 +283,7 @@ class Tokenizer:
             return None
         special = {added["id"] for added in self._layout["added_tokens"] if added["special"]}
         table = [b""] * self.vocab_size
-        for name, token_id in self._backend.get_vocab(with_added_tokens=True).items():
+        for name, token_id in names_and_ids(self._layout).items():
             if token_id not in special:
                 table[token_id] = to_bytes(name)
         unknown = self._backend.token_to_id(UNKNOWN)
@@ -320,6 +320,13 @@ class Tokenizer:
             pieces += [ids[begin:at], np.array(in_bytes, dtype=np.int64)]
             begin = at + 1
         return np.concatenate([*pieces, ids[begin:]]).astype(np.uint32)
+
+
+def names_and_ids(layout: dict[str, Any]) -> dict[str, int]:
+    """Return the vocabulary in a `tokenizer.json`, with what was added to it."""
+    entries = layout["model"]["vocab"]  # of a unigram model pairs of a name and a score, in order
+    names = entries if isinstance(entries, dict) else {name: number for number, (name, _) in enumerate(entries)}
+    return names | {added["content"]: added["id"] for added in layout["added_tokens"]}
 
 
 def load_model_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:

@@ -154,18 +154,23 @@ def decoder_for(model: TransformerModel) -> "FastDecoder | None":
     The kernels compute in fp32 on a CPU, and need numba, whose loading a small model does not repay; attention that was
     asked to be the reference stays that. When they are compiled for the first time on a machine, that is said.
     """
-    config = model.config
-    is_small = count_parameters(config).total < LITTLE_WORK and config.quantization == "none"
-    if model.device.type != "cpu" or model.dtype != torch.float32 or config.attention == "reference" or is_small:
-        return None
-    if importlib.util.find_spec("numba") is None:
+    if not uses_kernels(model):
         return None
     from sheepop.generation.fast_decoding import FastDecoder
 
     decoder = FastDecoder(model)
     began = time.perf_counter()
     with torch.inference_mode():
-        decoder(torch.zeros((1, 1), dtype=torch.int64), KVCache(config, 1, capacity=1))
+        decoder(torch.zeros((1, 1), dtype=torch.int64), KVCache(model.config, 1, capacity=1))
     if (seconds := time.perf_counter() - began) > NOTICEABLE_SECONDS:
         log(f"compiled the kernels for decoding in {seconds:.0f} s; they are kept for the next time")
     return decoder
+
+
+def uses_kernels(model: TransformerModel) -> bool:
+    """Say whether kernels decode in the model's place (`decoder_for`)."""
+    config = model.config
+    is_small = count_parameters(config).total < LITTLE_WORK and config.quantization == "none"
+    if model.device.type != "cpu" or model.dtype != torch.float32 or config.attention == "reference" or is_small:
+        return False
+    return importlib.util.find_spec("numba") is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 from sheepop.data.tokenizer import Tokenizer, load_model_tokenizer
 from sheepop.generation.completion import Generation, complete, prompt_tokens
 from sheepop.generation.draft_model import DraftModel
-from sheepop.generation.engine import decode_for
+from sheepop.generation.engine import decode_for, uses_kernels
 from sheepop.generation.file_completion import complete_file
 from sheepop.generation.generate import check_length
 from sheepop.generation.grammar import Grammar, GrammarKind, constraint_of
@@ -24,6 +24,7 @@ from sheepop.utils.devices import resolve_device
 from sheepop.utils.errors import ConfigError
 from sheepop.utils.files import to_json
 from sheepop.utils.logging import log
+from sheepop.utils.runtime import load_numba_alone
 
 LARGEST_GRAMMAR = 2**20  # bytes; one of a few more takes seconds and hundreds of megabytes to compile
 
@@ -260,6 +261,8 @@ def load_model_and_tokenizer(
     with verified_meanwhile(folder):
         model = read_model(folder, resolve_device(device), shares_file=quantization is not None)
         tokenizer = load_model_tokenizer(folder, model.config.vocab_size)
+        if quantization or uses_kernels(model):
+            load_numba_alone()
         return quantize(model, quantization) if quantization else model, tokenizer
 
 

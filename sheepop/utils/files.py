@@ -18,6 +18,8 @@ from typing import Any
 
 from sheepop.utils.errors import NoSpaceError, SheepopError
 
+HASHED_AT_ONCE = 2**23  # bytes; after each piece a thread may have to wait until another one has run some Python
+
 
 @contextmanager
 def full_disk_is_a_clear_error(path: Path) -> Iterator[None]:
@@ -175,9 +177,13 @@ def read_json(path: Path, error: type[SheepopError], *, most_bytes: int | None =
 
 
 def sha256_of_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a file's content in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        piece = memoryview(bytearray(min(HASHED_AT_ONCE, path.stat().st_size + 1)))
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+    return digest.hexdigest()
 
 
 def _umask() -> int:

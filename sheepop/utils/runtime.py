@@ -1,6 +1,9 @@
 """How the process deals with memory, with waiting threads, and with its end; all matter more than one expects."""
 
+import atexit
 import ctypes
+import gc
+import importlib.util
 import os
 import platform
 import sys
@@ -16,6 +19,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 KEEP_BELOW = 2**30  # bytes; larger single blocks still go straight back to the system
 GROW_BY = 64 * 2**20  # bytes
 
+COLLECTING_RARELY = 100_000, 50, 50  # new objects, and searches of the younger ones, before the next search
 SPIN_COUNT = 30_000  # some hundred microseconds
 
 
@@ -32,6 +36,41 @@ def wait_politely() -> None:
 def hide_remark_on_norms() -> None:
     """Do not show that RMSNorm of bf16 queries with fp32 weights is not fused: a CPU has no such kernel in any case."""
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
+
+
+@contextmanager
+def collecting_rarely() -> Iterator[None]:
+    """Let Python search for garbage in cycles a hundred times as rarely, for what neither learns nor makes much of it.
+
+    Importing torch and loading a tokenizer make hundreds of thousands of objects, all of which stay, and are searched
+    again and again: a tenth of the time that they take.
+    """
+    usual = gc.get_threshold()
+    gc.set_threshold(*COLLECTING_RARELY)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+
+
+def end_without_a_search() -> None:
+    """Let the interpreter end without a last search of all objects for garbage; the system takes their memory back.
+
+    Of what torch alone imports that search takes a third of a second.
+    """
+    atexit.register(gc.freeze)
+
+
+def load_numba_alone() -> None:
+    """Let numba begin without what other packages add to it, of which our kernels use nothing.
+
+    awkward, which the fast engine of tokenizers brings along, takes a quarter of a second to add what it has. This is
+    for a process that is ours alone: whatever else it compiled would lack these additions, too.
+    """
+    if importlib.util.find_spec("numba") is not None:
+        from numba.core import entrypoints
+
+        entrypoints._already_initialized = True
 
 
 def perf_counter_at_start() -> float:

@@ -1,16 +1,18 @@
 import base64
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, trainers
 
 from sheepop.data import tokenizer as tokenizer_module
 from sheepop.data.fast_bpe import has_unassigned
-from sheepop.data.tokenizer import Tokenizer
+from sheepop.data.tokenizer import Tokenizer, names_and_ids
 from sheepop.data.tokenizer_import import TIKTOKEN_SCHEMES, load_tiktoken
 from sheepop.data.tokenizer_parts import byte_level, byte_level_table, token_to_bytes
 from sheepop.utils.errors import ConfigError, DataError
@@ -46,6 +48,24 @@ def test_the_bytes_behind_a_name_are_those_of_its_characters_if_it_has_all() -> 
             is_known = all(character in table for character in name)
             expected = bytes(table[character] for character in name) if is_known else name.encode("utf-8")
             assert to_bytes(name) == expected
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.BPE({"a": 1, "b": 2, "ab": 9}, [("a", "b")]),
+        models.WordLevel({"a": 0, "b": 7}, unk_token="a"),
+        models.WordPiece({"a": 0, "[UNK]": 5}, unk_token="[UNK]"),
+        models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], 0),
+    ],
+)
+def test_a_vocabulary_with_gaps_and_additions_is_that_of_the_library(model: models.Model) -> None:
+    backend = tokenizers.Tokenizer(model)
+    backend.add_special_tokens(["<|endoftext|>", "a"])
+    backend.add_tokens(["zz"])
+    layout = json.loads(backend.to_str())
+    assert names_and_ids(layout) == backend.get_vocab(with_added_tokens=True)
+    assert Tokenizer(backend).vocab_size == max(names_and_ids(layout).values()) + 1
 
 
 def write_ranks(path: Path, ranks: dict[bytes, int]) -> Path:

@@ -1,11 +1,20 @@
 import errno
+import hashlib
 import os
 
 import pytest
 
 from sheepop.utils import files
 from sheepop.utils.errors import CheckpointError, NoSpaceError
-from sheepop.utils.files import atomic_folder, read_json, sha256_of_file, to_json, write_atomic, write_json
+from sheepop.utils.files import (
+    HASHED_AT_ONCE,
+    atomic_folder,
+    read_json,
+    sha256_of_file,
+    to_json,
+    write_atomic,
+    write_json,
+)
 
 
 def names(folder):
@@ -92,3 +101,7 @@ def test_json_round_trip_and_errors(tmp_path):
 def test_sha256(tmp_path):
     (tmp_path / "empty").touch()
     assert sha256_of_file(tmp_path / "empty").startswith("e3b0c44298fc1c14")
+    for size in (1, HASHED_AT_ONCE, 2 * HASHED_AT_ONCE + 5):
+        content = bytes(range(1, 252)) * (size // 251 + 1)
+        (tmp_path / "file").write_bytes(content[:size])
+        assert sha256_of_file(tmp_path / "file") == hashlib.sha256(content[:size]).hexdigest()

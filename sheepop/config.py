@@ -198,6 +198,9 @@ class TrainingConfig(Section):
     beta1: Fraction = Field(0.9, description="decay of AdamW's first moment")
     beta2: Fraction = Field(0.95, description="decay of AdamW's second moment")
     muon_momentum: Fraction = Field(0.95, description="decay of Muon's running sum of gradients")
+    muon_beta2: Fraction = Field(
+        0.0, description="decay of the mean square of each row of Muon's updates, which it is divided by; 0: it is not"
+    )
     muon_rounds: Annotated[int, Field(ge=3, le=5)] = Field(
         5, description="products that make Muon's update orthogonal; 3 are faster, for small batches of wide models"
     )

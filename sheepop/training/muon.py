@@ -6,6 +6,7 @@ iterations bring all of its singular values near one, with matrix products alone
 
 import math
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,6 +53,40 @@ def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float] = C
     return torch.baddbmm(matrices, polynomial, matrices, beta=a)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What moves a piece of a weight; both lie with no more rows than columns.
+
+    Attributes:
+        direction, weight: (R, C), or transposed.
+        rate: of the step along the orthogonal direction.
+        squares: the mean squares of the updates of the piece's rows, (R,); None where they do not matter.
+    """
+
+    direction: Tensor
+    weight: Tensor
+    rate: float
+    squares: Tensor | None
+
+
+def balance_rows(updates: Tensor, squares: list[Tensor], beta: float, *, dim: int) -> Tensor:
+    """Divide each row of the updates (N, R, C) by the root of its usual mean square; their norms stay (Li et al. 2025).
+
+    Orthogonal updates of equal norm still move some neurons more than others, step after step.
+
+    Args:
+        squares: of each matrix the running mean of its rows' mean squares, which goes on here.
+        beta: its decay.
+        dim: over which a row extends, -1, or -2 where the matrices are transposed.
+    """
+    found = updates.square().mean(dim)  # (N, R)
+    for usual, square in zip(squares, found, strict=True):
+        usual.lerp_(square, 1 - beta)
+    scales = torch.stack(squares).clamp(min=EPSILON**2).rsqrt()  # (N, R)
+    shares = found.sum(-1, keepdim=True) / (found * scales.square()).sum(-1, keepdim=True).clamp(min=EPSILON**2)
+    return updates * (scales * shares.sqrt()).unsqueeze(dim)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for matrices and AdamW for all else, as one optimizer with one state.
 
@@ -66,6 +101,7 @@ class Muon(torch.optim.Optimizer):
         momentum: decay of the running sum of gradients.
         dtype: of the iterations, in which rounding does not matter.
         rounds: of the iterations, 3, 4 or 5.
+        beta2: decay of the mean squares that rows are divided by (`balance_rows`); 0: they are not.
     """
 
     def __init__(
@@ -76,9 +112,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float,
         dtype: torch.dtype = torch.float32,
         rounds: int = ROUNDS,
+        beta2: float = 0.0,
     ) -> None:
         super().__init__(matrices, {"lr": 0.0, "weight_decay": 0.0, "pieces": None})
-        self.momentum, self.dtype, self.rounds = momentum, dtype, rounds
+        self.momentum, self.dtype, self.rounds, self.beta2 = momentum, dtype, rounds, beta2
         self.matrices = list(self.param_groups)
         self.adamw = AdamW(others)
         self.adamw.state = self.state
@@ -89,8 +126,7 @@ class Muon(torch.optim.Optimizer):
         """Move all weights that have a gradient."""
         assert closure is None
         self.adamw.step()
-        # By shape: what is to be made orthogonal, the piece of the weight that it moves, and how far.
-        work: dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]] = defaultdict(list)
+        work: dict[tuple[int, int, bool], list[Piece]] = defaultdict(list)  # by shape, and whether transposed
         for group in self.matrices:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -98,17 +134,25 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
+                    if self.beta2:
+                        state["row_squares"] = parameter.new_zeros(len(parameter))
                 momentum = state["momentum"].mul_(self.momentum).add_(parameter.grad)
                 ahead = parameter.grad.add(momentum, alpha=self.momentum)  # Nesterov
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 pieces = group["pieces"] or [len(parameter)]
-                for direction, weight in zip(ahead.split(pieces), parameter.split(pieces), strict=True):
+                squares = state["row_squares"].split(pieces) if self.beta2 else [None] * len(pieces)
+                for direction, weight, usual in zip(ahead.split(pieces), parameter.split(pieces), squares, strict=True):
                     rows, columns = weight.shape
                     rate = group["lr"] * 0.2 * math.sqrt(max(rows, columns))
-                    if rows > columns:
+                    is_tall = rows > columns
+                    if is_tall:
                         direction, weight = direction.mT, weight.mT
-                    work[tuple(weight.shape)].append((direction, weight, rate))
-        for items in work.values():
-            directions = torch.stack([direction for direction, _, _ in items]).to(self.dtype)
-            for update, (_, weight, rate) in zip(orthogonalize(directions, self.rounds), items, strict=True):
-                weight.add_(update.to(weight.dtype), alpha=-rate)
+                    work[*weight.shape, is_tall].append(Piece(direction, weight, rate, usual))
+        for (_, _, is_tall), moved in work.items():
+            directions = torch.stack([piece.direction for piece in moved]).to(self.dtype)
+            updates = orthogonalize(directions, self.rounds).to(moved[0].weight.dtype)
+            if self.beta2:
+                usual_squares = [piece.squares for piece in moved if piece.squares is not None]
+                updates = balance_rows(updates, usual_squares, self.beta2, dim=-2 if is_tall else -1)
+            for update, piece in zip(updates, moved, strict=True):
+                piece.weight.add_(update, alpha=-piece.rate)

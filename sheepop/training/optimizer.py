@@ -61,7 +61,14 @@ def make_optimizer(model: TransformerModel, training: TrainingConfig) -> torch.o
     ]
     has_bf16 = model.device.type == "cuda" or cpu_has_bf16()
     dtype = torch.bfloat16 if has_bf16 else torch.float32
-    return Muon(matrices, others, momentum=training.muon_momentum, dtype=dtype, rounds=training.muon_rounds)
+    return Muon(
+        matrices,
+        others,
+        momentum=training.muon_momentum,
+        dtype=dtype,
+        rounds=training.muon_rounds,
+        beta2=training.muon_beta2,
+    )
 
 
 def leave_compiler_out() -> None:

@@ -382,6 +382,7 @@ def settings_for(
         "training.gradient_accumulation_steps": micro_batches,
         "training.token_noise": TOKEN_NOISE if dropout else 0.0,
         "training.optimizer": "muon",
+        "training.muon_beta2": 0.95,
         "training.muon_rounds": muon_rounds_for(width, wanted),
         "training.learning_rate": learning_rate_for(width, str(fixed.get("training.optimizer", "muon"))),
         "training.schedule": "linear",

@@ -60,6 +60,33 @@ def newton_schulz_round(matrices, coefficients):
     return a * matrices + b * gram @ matrices + c * gram @ gram @ matrices
 
 
+@pytest.mark.parametrize("shape", [(6, 17), (17, 6), (8, 8)])
+def test_rows_are_divided_by_their_usual_size(shape):
+    weight = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+    group = {"params": [weight], "lr": 0.5, "weight_decay": 0.0}
+    optimizer = Muon([group], [{"params": []}], momentum=0.0, dtype=torch.float64, beta2=0.9)
+    generator = torch.Generator().manual_seed(3)
+    usual = torch.zeros(shape[0], dtype=torch.float64)
+    for _ in range(4):
+        weight.grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+        before = weight.detach().clone()
+        optimizer.step()
+        update = newton_schulz(weight.grad)
+        usual = 0.9 * usual + 0.1 * update.square().mean(1)
+        balanced = update / usual.sqrt()[:, None]
+        expected = balanced * update.norm() / balanced.norm()
+        torch.testing.assert_close(before - weight, 0.5 * 0.2 * math.sqrt(max(shape)) * expected)
+    torch.testing.assert_close(optimizer.state[weight]["row_squares"], usual)
+
+
+def test_rows_that_have_no_gradient_stay_as_they_are():
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = Muon([{"params": [weight], "lr": 0.5}], [{"params": []}], momentum=0.9, beta2=0.95)
+    weight.grad = torch.zeros(3, 4)
+    optimizer.step()
+    assert (weight == 1).all()
+
+
 def test_the_rounds_are_a_setting(tiny_config):
     model = TransformerModel(tiny_config().model)
     config = tiny_config(**{"training.optimizer": "muon", "training.muon_rounds": 3})

@@ -168,7 +168,7 @@ FORMULAS = (
         ),
         meanings=meanings("W_n", *MUON_UPDATE, "R", "C"),
         code="sheepop.training.muon:Muon.step",
-        line="weight.add_(update.to(weight.dtype), alpha=-rate)",
+        line="piece.weight.add_(update, alpha=-piece.rate)",
         kids="""
             Imagine rowing with many oars. Usually a few strong rowers decide where the boat goes; here everybody pulls
             equally hard, and the boat moves in all the directions that anybody wanted.

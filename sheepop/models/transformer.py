@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sheepop.config import ModelConfig
 from sheepop.models.blocks import Context, Embedding, TransformerBlock, drop, make_norm
+from sheepop.models.compiler import compile_graph
 from sheepop.models.fp8 import suits_fp8
 from sheepop.models.head_loss import summed_head_loss
 from sheepop.models.kv_cache import Cache
@@ -199,7 +200,7 @@ class TransformerModel(nn.Module):
         """
         compiled = None
         if on:  # else the compiler is not even imported, which takes as long as the rest of starting
-            compiled = torch.compile(TransformerBlock.compute, dynamic=False, options={"fallback_random": True})
+            compiled = torch.compile(TransformerBlock.compute, dynamic=False, backend=compile_graph)
         for block in self.blocks:
             assert isinstance(block, TransformerBlock)
             block.compiled = compiled

@@ -50,6 +50,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "groups of 2 to 4": {"model.ngram_order": 4},
     "groups of 2 to 4, 65,536 rows": {"model.ngram_order": 4, "model.ngram_entries": 65536},
     "short convolutions of 4": {"model.conv_width": 4},
+    "rows of updates of equal size": {"training.muon_beta2": 0.95},
+    "three rounds of Muon": {"training.muon_rounds": 3},
     "cosine to zero": {"training.schedule": "cosine"},
     "decay over the last half": {"training.schedule": "wsd", "training.decay_fraction": 0.5},
     "decay to a tenth": {"training.min_learning_rate_ratio": 0.1},

@@ -202,7 +202,7 @@ class TrainingConfig(Section):
         0.0, description="decay of the mean square of each row of Muon's updates, which it is divided by; 0: it is not"
     )
     muon_rounds: Annotated[int, Field(ge=3, le=5)] = Field(
-        5, description="products that make Muon's update orthogonal; 3 are faster, for small batches of wide models"
+        5, description="rounds that make Muon's update orthogonal; 3 are faster, for small batches of wide models"
     )
     muon_lr_ratio: float = Field(1.0, gt=0, description="Muon's learning rate over learning_rate")
     adam_epsilon: float = Field(1e-8, gt=0, description="added to the root of AdamW's second moment")

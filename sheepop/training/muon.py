@@ -134,8 +134,8 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
-                    if self.beta2:
-                        state["row_squares"] = parameter.new_zeros(len(parameter))
+                if self.beta2 and "row_squares" not in state:  # also of a run that goes on with it
+                    state["row_squares"] = parameter.new_zeros(len(parameter))
                 momentum = state["momentum"].mul_(self.momentum).add_(parameter.grad)
                 ahead = parameter.grad.add(momentum, alpha=self.momentum)  # Nesterov
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])

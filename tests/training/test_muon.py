@@ -87,6 +87,17 @@ def test_rows_that_have_no_gradient_stay_as_they_are():
     assert (weight == 1).all()
 
 
+def test_a_run_can_go_on_with_rows_of_equal_size():
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = Muon([{"params": [weight], "lr": 0.5}], [{"params": []}], momentum=0.9)
+    weight.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(5))
+    optimizer.step()
+    optimizer.beta2 = 0.95
+    optimizer.step()
+    assert set(optimizer.state[weight]) == {"momentum", "row_squares"}
+    assert weight.isfinite().all()
+
+
 def test_the_rounds_are_a_setting(tiny_config):
     model = TransformerModel(tiny_config().model)
     config = tiny_config(**{"training.optimizer": "muon", "training.muon_rounds": 3})

@@ -24,8 +24,8 @@ from sheepop.generation.vector_dots import (
     dot_int8,
     dot_int8_4,
 )
-from sheepop.generation.vector_exp import ONE, exp_fp32
 from sheepop.generation.vector_tiles import TILE, add_scores, add_values, fetch_rows
+from sheepop.models.vector_exp import ONE, exp_fp32
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]

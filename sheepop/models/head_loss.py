@@ -5,6 +5,7 @@ some eight times is a good part of its time. Here the gradient of a chunk's logi
 right after them, and goes at once into the gradients of the hidden states and of the head's weight.
 """
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -18,11 +19,18 @@ from sheepop.models.linear import add_product, product
 LOGITS_AT_ONCE = 2**22
 LEAST_ROWS = {"cpu": 512}
 LEAST_ROWS_ELSEWHERE = 4096  # a GPU needs more rows to be busy; an estimate, not measured
+KERNEL_FROM = 2**19  # logits, of which PyTorch's operators take two thirds of a millisecond
 
 
 def rows_at_once(vocab_size: int, device_type: str) -> int:
     """Return of how many tokens the logits exist at one time."""
     return max(LOGITS_AT_ONCE // vocab_size, LEAST_ROWS.get(device_type, LEAST_ROWS_ELSEWHERE))
+
+
+def has_kernel(logits: Tensor) -> bool:
+    """Say whether compiled code makes the gradient of these logits faster than PyTorch's operators do."""
+    are_halves = logits.dtype == torch.bfloat16 and logits.device.type == "cpu"
+    return are_halves and logits.numel() >= KERNEL_FROM and importlib.util.find_spec("numba") is not None
 
 
 def summed_head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -54,6 +62,7 @@ class HeadLoss(torch.autograd.Function):
         wants_hidden, wants_weight, _, _ = ctx.needs_input_grad
         device, (V, D) = hidden.device, weight.shape
         on_cpu, is_fp32 = device.type == "cpu", dtype == torch.float32
+        makes_errors = wants_hidden or wants_weight
         matrix = weight.to(dtype)  # (V, D)
         hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
         weight_gradient = torch.empty(V, D, device=device) if wants_weight else None
@@ -67,14 +76,22 @@ class HeadLoss(torch.autograd.Function):
                 targets[start : start + rows, None],
             )  # (n, D), (n, 1)
             is_real, wanted = wanted >= 0, wanted.clamp(min=0)
-            scores = product(inputs, matrix, out=None if memory is None else memory[: len(inputs)]).float()  # (n, V)
-            # In place on a CPU, whose kernel goes row by row and has read a number before it writes there.
-            scores = torch.log_softmax(scores, 1, out=scores if on_cpu else None)
-            loss -= scores.gather(1, wanted).where(is_real, 0.0).sum()
-            if hidden_gradient is None and weight_gradient is None:
-                continue
-            # The gradient of the logits: the probabilities, less one at the target.
-            errors = scores.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=torch.float32)).to(dtype)
+            scores = product(inputs, matrix, out=None if memory is None else memory[: len(inputs)])  # (n, V)
+            if makes_errors and has_kernel(scores):
+                from sheepop.models.head_kernels import turn_into_errors  # numba, which takes half a second to load
+
+                errors = scores
+                loss += turn_into_errors(errors, wanted[:, 0]).where(is_real[:, 0], 0.0).sum()
+            else:
+                # In place on a CPU, whose kernel goes row by row and has read a number before it writes there.
+                scores = scores.float()
+                scores = torch.log_softmax(scores, 1, out=scores if on_cpu else None)
+                loss -= scores.gather(1, wanted).where(is_real, 0.0).sum()
+                if not makes_errors:
+                    continue
+                # The gradient of the logits: the probabilities, less one at the target.
+                minus_one = torch.full_like(wanted, -1.0, dtype=torch.float32)
+                errors = scores.exp_().scatter_add_(1, wanted, minus_one).to(dtype)
             if hidden_gradient is not None:
                 torch.mul(product(errors, matrix.t()), is_real, out=hidden_gradient[start : start + rows])
             if weight_gradient is not None:

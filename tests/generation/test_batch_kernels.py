@@ -16,7 +16,7 @@ from sheepop.generation import batch_kernels, decode_kernels
 from sheepop.generation.batch_kernels import TILE
 from sheepop.generation.decode_kernels import ACTIVATION, activate, attend
 from sheepop.generation.fast_decoding import KernelLinear, numba_threads
-from sheepop.generation.vector_exp import exp_fp32
+from sheepop.models.vector_exp import exp_fp32
 
 NONE = np.empty(0, dtype=np.float32)
 

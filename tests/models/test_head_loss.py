@@ -71,8 +71,10 @@ def test_real_sizes(vocab, chunks):
         assert_near(ours, reference, 1e-6)
 
 
+@pytest.mark.parametrize("kernel_from", [0, 2**30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # what the norm before the head gives
-def test_under_autocast_it_is_as_exact_as_the_reference(dtype, monkeypatch):
+def test_under_autocast_it_is_as_exact_as_the_reference(dtype, kernel_from, monkeypatch):
+    monkeypatch.setattr(head_loss, "KERNEL_FROM", kernel_from)
     monkeypatch.setattr(head_loss, "rows_at_once", lambda vocab_size, device_type: 37)
     hidden, weight, targets = case(4, 50, 48, 300, dtype=dtype)
     exact = with_gradients(by_the_reference(hidden.float(), weight, targets), hidden, weight)

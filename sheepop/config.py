@@ -286,6 +286,11 @@ class DataConfig(Section):
     tokenizer: str = Field("bpe", min_length=1, description="bpe, char or word to train one, or the PATH of one")
     max_length: Derived = Field(0, description="tokens of a training sequence; 0: model.max_seq_len")
     stride: Derived = Field(0, description="tokens from one sequence's start to the next; 0: max_length (no overlap)")
+    shift_windows: bool = Field(
+        True,
+        description="from the second epoch on sequences begin elsewhere, in each epoch by another part of the stride, "
+        "so that a text is not cut in the same places again (packing concatenate)",
+    )
     num_workers: Annotated[int, Field(ge=0)] = Field(1, description="threads that load ahead; 0: none")
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="share of the text held out to validate")
     document_separator: str | None = Field(

@@ -118,9 +118,11 @@ def read_windows(tokens: Tokens, starts: NDArray[Any], length: int) -> tuple[NDA
     """Return inputs and targets, each (B, T) for B starts and T = `length`.
 
     Row b has inputs tokens[s : s + T] and targets tokens[s + 1 : s + T + 1] for s = starts[b]; behind the end of
-    the tokens inputs are 0 and targets `IGNORE_INDEX`.
+    the tokens inputs are 0 and targets `IGNORE_INDEX`. A window that starts before the text begins in its end: the
+    tokens are a ring, in which the last one, an end of text like the first, is the first.
     """
     positions = np.asarray(starts, dtype=np.int64)[:, None] + np.arange(length + 1)  # (B, T + 1)
+    positions[positions < 0] %= max(1, len(tokens) - 1)
     windows = ids_at(tokens, positions, behind_the_end=IGNORE_INDEX)
     targets = windows[:, 1:].copy()
     inputs = np.maximum(windows[:, :-1], 0)

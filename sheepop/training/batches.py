@@ -23,23 +23,27 @@ def batch_loader(run: Run) -> Callable[[int], list[MicroBatch]]:
     data, device, world = run.config.data, run.model.device, run.world
     tokens = run.corpus.split("train").tokens
     noise, seed = run.config.training.token_noise, run.config.seed
+    # Places of the last window behind the end of the text.
+    spare = (run.sampler.num_windows - 1) * data.stride + data.max_length - (len(tokens) - 1)
     least_rows = run.config.training.batch_size if run.config.training.compile == "on" else 0
 
-    def read(windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+    def read(windows: NDArray[np.int64], shift: int) -> tuple[NDArray[np.int64], ...]:
         if run.packing is not None:
             return read_packed(tokens, run.packing, windows)  # inputs, targets, documents: (B, T) each
-        inputs, targets = read_windows(tokens, windows * data.stride, data.max_length)  # (B, T) each
+        inputs, targets = read_windows(tokens, windows * data.stride - shift, data.max_length)  # (B, T) each
+        targets[windows == 0, : min(shift, spare)] = IGNORE_INDEX  # the last window has them
         if data.document_mask:
             return inputs, targets, document_ids(inputs, run.tokenizer.end_of_text_id)
         return inputs, targets
 
     def load(step: int) -> list[MicroBatch]:
+        shift = run.sampler.shift_of(step, data.stride) if data.shift_windows else 0
         shares = [run.sampler.micro_batches(step, rank=rank, world_size=world.size) for rank in (0, world.rank)]
         loaded = []
         for position in range(len(shares[0])):  # the first process's share is never smaller
             is_empty = position >= len(shares[1])
             index = position * world.size + world.rank
-            inputs, targets, *documents = read(shares[0][0][:1] if is_empty else shares[1][position])
+            inputs, targets, *documents = read(shares[0][0][:1] if is_empty else shares[1][position], shift)
             if noise:
                 inputs = replace_some(inputs, noise, tokens, seed=derive_seed(seed, "token_noise", step, index))
             if is_empty:

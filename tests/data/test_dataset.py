@@ -49,6 +49,19 @@ def test_every_token_but_the_first_is_a_target(num_tokens: int, length: int, dat
     assert (targets[scored] == inputs[scored] + 1).all()
 
 
+@settings(deadline=None)
+@given(st.integers(2, 60), st.integers(1, 13), st.data())
+def test_moved_windows_have_every_token_as_a_target(num_tokens: int, length: int, data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, length))
+    shift = data.draw(st.integers(0, stride - 1))
+    tokens = np.array([0, *range(1, num_tokens - 1), 0], dtype=np.uint32)  # it begins and ends with an end of text
+    starts = np.arange(num_windows(num_tokens, length, stride)) * stride - shift
+    inputs, targets = read_windows(tokens, starts, length)
+    scored = targets != IGNORE_INDEX
+    assert set(targets[scored].tolist()) == set(range(num_tokens - 1))
+    assert (targets[scored] == (inputs[scored] + 1) % (num_tokens - 1)).all()
+
+
 def test_too_few_tokens_make_no_window() -> None:
     assert num_windows(0, 3, 3) == num_windows(1, 3, 3) == 0
 

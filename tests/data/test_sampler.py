@@ -54,6 +54,16 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
             assert (order == other).sum() < 20
 
 
+def test_each_epoch_but_the_first_moves_its_windows_by_a_part_of_the_stride() -> None:
+    sampler = Sampler(10, 5, 1, seed=5)
+    shifts = [sampler.shift_of(step, 64) for step in range(80)]
+    assert shifts[::2] == shifts[1::2]  # two steps an epoch
+    assert shifts[0] == 0
+    assert all(0 <= shift < 64 for shift in shifts)
+    assert len(set(shifts)) > 20
+    assert shifts != [Sampler(10, 5, 1, seed=6).shift_of(step, 64) for step in range(80)]
+
+
 def test_the_order_looks_shuffled() -> None:
     """Each of a few windows lands in each fourth of the epoch about equally often."""
     quarters = np.zeros((4, 4))

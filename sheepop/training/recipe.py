@@ -45,6 +45,9 @@ SHORT_MINUTES = 1.5  # a run up to so long validates at its end alone
 MOST_VALIDATED = 200_000  # tokens
 LEAST_STEPS = 5
 ENOUGH_STEPS = 100  # fewer only where no model makes as many
+# The share of a run over which weights remember: half an epoch, but no less and no more than such shares.
+MEMORY_EPOCHS, LEAST_MEMORY, MOST_MEMORY = 0.54, 0.1, 0.44
+MOST_DECAY = 0.6  # more was not tried in short runs
 TOKEN_NOISE = 0.05  # beside dropout, where a text is read often
 PARAMETERS_PER_BYTE = 2.0  # of the text, at most
 # So near the best, the law is too flat for step times by formula to tell candidates apart.
@@ -367,6 +370,7 @@ def settings_for(
     dropout = dropout_for(tokens / epoch_tokens, parameters / epoch_tokens)
     validated = int(min(MOST_VALIDATED, max(8_192, PAUSE_SHARE * 3 * tokens)))
     is_short = minutes <= SHORT_MINUTES
+    rate = learning_rate_for(width, str(fixed.get("training.optimizer", "muon")))
     settings: Settings = {
         "data.tokenizer": tokenizer.name,
         "model.vocab_size": tokenizer.entries_asked,
@@ -384,7 +388,8 @@ def settings_for(
         "training.optimizer": "muon",
         "training.muon_beta2": 0.95,
         "training.muon_rounds": muon_rounds_for(width, wanted),
-        "training.learning_rate": learning_rate_for(width, str(fixed.get("training.optimizer", "muon"))),
+        "training.learning_rate": rate,
+        "training.weight_decay": weight_decay_for(rate, steps, tokens / epoch_tokens),
         "training.schedule": "linear",
         "training.min_learning_rate_ratio": 0.0,
         "training.warmup_steps": max(1, min(100, round(0.08 * steps))),
@@ -415,6 +420,18 @@ def learning_rate_for(width: int, optimizer: str) -> float:
     """Return the peak rate: smaller for wider models, and a fifth of Muon's where AdamW moves all weights."""
     rate = 0.02 if optimizer == "muon" else 0.004
     return float(f"{rate * min(1.0, math.sqrt(96 / width)):.3g}")
+
+
+def weight_decay_for(rate: float, steps: float, epochs: float) -> float:
+    """Return the decay by which weights forget what moved them in a share of the run that suits it.
+
+    A weight is the sum of its updates, each of which fades over 1 / (rate · decay) steps (Wang and Aitchison 2024). Of
+    text read for the first time the longer memory learned more, over 0.44 of the run rather than 0.15; of text read
+    three times over 0.15 to 0.2, rather than 0.07 or 0.44, by 0.7 to 1.8 % of the loss on other texts (`docs/log.md`,
+    2026-11-29). Beyond that it is a guess.
+    """
+    share = max(LEAST_MEMORY, min(MOST_MEMORY, MEMORY_EPOCHS / epochs))
+    return float(f"{min(MOST_DECAY, 1 / (rate * share * steps)):.2g}")
 
 
 def muon_rounds_for(width: int, tokens_per_step: float) -> int:

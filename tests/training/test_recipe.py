@@ -21,6 +21,7 @@ from sheepop.training.recipe import (
     muon_rounds_for,
     shape_of,
     usable_tokenizers,
+    weight_decay_for,
     with_measured_step,
 )
 from sheepop.training.speed import MachineFacts, Probe, fit_machine, step_seconds, tokens_of_step
@@ -51,6 +52,13 @@ machines = st.builds(
     speeds=st.fixed_dictionaries({"fp32": st.floats(1e10, 1e13), "bf16": st.floats(1e10, 1e14)}),
     bandwidth=st.floats(1e9, 1e12),
 )
+
+
+def test_weights_forget_sooner_in_short_runs_and_in_text_that_is_read_again():
+    assert weight_decay_for(0.0173, 1300, 0.7) == pytest.approx(0.1, rel=0.02)  # as measured for a first reading
+    assert 0.2 < weight_decay_for(0.0173, 1300, 3) < 0.35  # ... and for the third
+    assert weight_decay_for(0.01, 2000, 3) == pytest.approx(weight_decay_for(0.01, 1000, 3) / 2, rel=0.05)
+    assert weight_decay_for(0.02, 10, 3) == weight_decay_for(0.02, 20, 3)  # no more than what was tried
 
 
 def test_small_batches_take_fewer_rounds_of_muon():

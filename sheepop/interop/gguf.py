@@ -70,9 +70,10 @@ def import_gguf(file: Path, output: Path, tokenizer_path: Path | None = None) ->
     settings, weights = read_model(stored, str(file))
     if tokenizer_path is None:
         tokenizer = read_tokenizer(stored.fields, settings.vocab_size, str(file))
+        template = stored.fields.get("tokenizer.chat_template")
     else:
-        tokenizer = load_model_tokenizer(tokenizer_path, settings.vocab_size)
-    write_imported(output, settings, weights, tokenizer)
+        tokenizer, template = load_model_tokenizer(tokenizer_path, settings.vocab_size), None
+    write_imported(output, settings, weights, tokenizer, template)
 
 
 def read_model(file: GgufFile, source: str) -> tuple[ModelConfig, dict[str, Tensor]]:

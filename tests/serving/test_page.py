@@ -19,7 +19,7 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"(?!data:)", page)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")  # as the server, which need not be started where there is no browser
 def browser() -> Iterator[Any]:
     """A headless Chromium, the system's or the one that Playwright installed."""
     api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")

@@ -332,7 +332,7 @@ def test_bad_bodies_are_refused_and_harm_nobody(server: RunningServer) -> None:
     ("body", "says", "param"),
     [
         ({"temperature": -1}, "The field 'temperature' is -1, but must be a number from 0", "temperature"),
-        ({"prompt": ["a", 1]}, "The field 'prompt' has 1, but must be a text, a list of texts", "prompt"),
+        ({"prompt": ["a", 1]}, "The field 'prompt' has [\"a\", 1], but must be a text, a list of texts", "prompt"),
         ({"tempratur": 1}, "Did you mean 'temperature'?", "tempratur"),
         ({"frequency_penalty": 0.5}, "'frequency_penalty' is not known here", "frequency_penalty"),
         ({"prompt": "the " * CONTEXT}, f"the model can read {CONTEXT} at the most", None),

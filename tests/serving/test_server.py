@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running_server import CONTEXT, TOKENIZER, RunningServer, start_server
+from running_server import CONTEXT, TOKENIZER, RunningServer, start_server, write_checkpoint
 
 from sheepop.cli import main
+from sheepop.data.chat_template import TEMPLATE_FILE
 from sheepop.generation.batching import Engine, generate_batched
 from sheepop.generation.completion import complete, prompt_tokens
 from sheepop.generation.request import Request
 from sheepop.generation.sampling import SamplingSettings
 from sheepop.generation.stream import token_logprobs
+from sheepop.interop.convert import export_model, import_model
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 ENDLESS = {"prompt": "the", "max_tokens": 100_000, "ignore_eos": True, "temperature": 1.0}
@@ -384,8 +386,20 @@ def test_a_full_queue_a_key_and_the_end(checkpoint: Path) -> None:
     assert server.process.wait(timeout=60) == 143
 
 
-def test_what_is_being_written_is_finished_after_a_signal(checkpoint: Path) -> None:
-    server = start_server(checkpoint, "--no-optimized", "--grace", "60", "--quantize", "int8")
+def test_an_imported_model_with_its_template_and_an_end_that_waits(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="needs the extra 'interop'")
+    folder = write_checkpoint(tmp_path / "ours", activation="gelu_tanh")
+    (folder / TEMPLATE_FILE).write_text("{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}")
+    export_model(folder, tmp_path / "ewe.gguf", file_format="gguf")
+    import_model(tmp_path / "ewe.gguf", tmp_path / "ram", tokenizer=None)
+    server = start_server(tmp_path / "ram", "--no-optimized", "--grace", "60", "--quantize", "int8", "--name", "lamb")
+    messages = [{"role": "user", "content": "the"}]
+    told = server.post(CHAT, {"model": "lamb", "messages": messages, "max_tokens": 9, "seed": 1})
+    special = list(TOKENIZER.special_ids.values())
+    token_ids = [*TOKENIZER.encode("the"), TOKENIZER.end_of_text_id]
+    text = {"prompt": token_ids, "max_tokens": 9, "seed": 1, "stop_token_ids": special}
+    assert told["choices"][0]["message"]["content"] == server.post(COMPLETIONS, text)["choices"][0]["text"]
+    assert told["usage"]["prompt_tokens"] == len(token_ids)
     body = {"prompt": "the", "max_tokens": 150, "ignore_eos": True, "stream": True}
     with server.client.stream("POST", COMPLETIONS, json=body) as running:
         lines = running.iter_lines()

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sheepop import __version__
 from sheepop.serving.choice import Piece
-from sheepop.serving.errors import INTERNAL, ApiError
+from sheepop.serving.errors import INTERNAL, TOO_MANY, UNAVAILABLE, ApiError
 from sheepop.serving.metrics import Metrics
 from sheepop.serving.protocol import (
     Body,
@@ -301,4 +301,5 @@ def _let_go(watcher: asyncio.Task[None], scheduler: Scheduler, job: Job) -> None
 
 
 def _refusal(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+    again = {"Retry-After": "1"} if error.status in (TOO_MANY, UNAVAILABLE) else {}
+    return JSONResponse(error.body(), status_code=error.status, headers={**again, **(headers or {})})

@@ -50,11 +50,11 @@ SHOWN = 80  # characters of a wrong value, in an error
 
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 StopString = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
-BodyType = TypeVar("BodyType", bound="Body")
+BodyType = TypeVar("BodyType", bound="RequestBody")
 
 
 class Body(BaseModel):
-    """The body of a request. Each description of a field says what it must be, for errors and for the schema."""
+    """The body of a request, or a part of it; a field's description says what it must be, for errors and the schema."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
@@ -68,6 +68,12 @@ class Body(BaseModel):
             for key, each in value.items()
             if each is not None and key not in IGNORED and not any(each == neutral for neutral in NEUTRAL.get(key, ()))
         }
+
+
+class RequestBody(Body):
+    """The whole body of a request."""
+
+    model: str | None = Field(None, description="the name of a model in GET /v1/models")
 
 
 class StreamOptions(Body):
@@ -98,10 +104,9 @@ class ResponseFormat(Body):
         return self
 
 
-class GenerationBody(Body):
+class GenerationBody(RequestBody):
     """What texts and messages have in common."""
 
-    model: str | None = Field(None, description="the name of a model in GET /v1/models")
     temperature: float = Field(1.0, ge=0, le=100, description="a number from 0 (always the likeliest token) to 100")
     top_p: float = Field(1.0, gt=0, le=1, description="a number above 0 and at most 1 (off)")
     top_k: int = Field(0, ge=-1, lt=2**32, description="a whole number from 0 (off) up")
@@ -195,7 +200,7 @@ class CompletionBody(GenerationBody):
         """The prompts, of which one alone may stand by itself."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt  # type: ignore[list-item,return-value]
+        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
 
 
 class TextPart(Body):
@@ -240,18 +245,16 @@ class ChatBody(GenerationBody):
         return self
 
 
-class TokenizeBody(Body):
+class TokenizeBody(RequestBody):
     """The body of `POST /tokenize`."""
 
-    model: str | None = Field(None, description="the name of a model in GET /v1/models")
     prompt: str = Field(description="a text")
     add_special_tokens: bool = Field(True, description="true or false")
 
 
-class DetokenizeBody(Body):
+class DetokenizeBody(RequestBody):
     """The body of `POST /detokenize`."""
 
-    model: str | None = Field(None, description="the name of a model in GET /v1/models")
     tokens: list[TokenId] = Field(description="a list of token ids")
 
 

@@ -379,6 +379,7 @@ def test_a_full_queue_a_key_and_the_end(checkpoint: Path) -> None:
         refused = server.client.post(COMPLETIONS, json={"prompt": "the"})
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "queue_full"
+        assert refused.headers["retry-after"] == "1"
         server.process.send_signal(signal.SIGTERM)
         *_, last = (line for line in lines if line)
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"

@@ -1,15 +1,13 @@
 """The page, in a browser."""
 
-import importlib.util
 import re
-import shutil
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running_server import RunningServer
+from running_server import RunningServer, start_server
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
@@ -19,22 +17,14 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"(?!data:)", page)
 
 
-@pytest.fixture(scope="module")  # as the server, which need not be started where there is no browser
-def browser() -> Iterator[Any]:
-    """A headless Chromium, the system's or the one that Playwright installed."""
-    api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    with api.sync_playwright() as playwright:
-        installed = playwright.chromium.executable_path
-        path = next(filter(None, map(shutil.which, names)), installed if Path(installed).exists() else None)
-        if path is None:
-            pytest.skip("needs Chromium, from the system's packages or by `playwright install chromium`")
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+@pytest.fixture
+def server(browser: Any, checkpoint: Path) -> Iterator[RunningServer]:
+    """A server, where there is a browser to look at its page."""
+    running = start_server(checkpoint)
+    yield running
+    assert running.end() == 143
 
 
-@pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="needs the package playwright")
 def test_a_text_is_continued_and_its_tokens_are_explained(browser: Any, server: RunningServer) -> None:
     page = browser.new_page()
     problems: list[str] = []
@@ -49,7 +39,7 @@ def test_a_text_is_continued_and_its_tokens_are_explained(browser: Any, server: 
     body = {"prompt": "the sheep", "max_tokens": 30, "seed": 3, "temperature": 0.8, "top_p": 0.95}
     expected = server.post("/v1/completions", body)["choices"][0]["text"]
     assert page.text_content(".page") == "the sheep" + expected
-    page.hover(".token >> nth=2")
+    page.locator(".token", has_text=re.compile(r"\w")).first.hover()
     assert page.locator("#tip .row").count() >= 6
     page.click("#tab-chat")
     page.fill("#input", "hello")

@@ -1,9 +1,12 @@
 """What bodies mean for the engine."""
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from running_server import CONTEXT, TOKENIZER
 
 from sheepop.data.chat_template import ChatTemplate
@@ -79,6 +82,25 @@ def test_fields_that_would_change_the_text_are_refused_by_name(name: str) -> Non
     with pytest.raises(ApiError, match=f"'{name}' is not known here") as refused:
         chat(**{name: [7]})
     assert refused.value.param == name
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = st.sampled_from([*CompletionBody.model_fields, *ChatBody.model_fields, *NEUTRAL, "prompts"])
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fields=st.dictionaries(FIELDS, VALUES, max_size=3))
+def test_whatever_a_body_holds_it_is_understood_or_refused(served: ServedModel, fields: dict[str, Any]) -> None:
+    for kind, requests_of in ((CompletionBody, served.completion_requests), (ChatBody, served.chat_requests)):
+        with suppress(ApiError):
+            requests_of(parse(kind, json.dumps({"messages": [{"role": "user", "content": "a"}]} | fields).encode()))
+        own = {name: value for name, value in fields.items() if name in kind.model_fields}
+        with suppress(ApiError):
+            requests_of(parse(kind, json.dumps(own, ensure_ascii=False).encode("utf-8", errors="replace")))
 
 
 def test_how_long_an_answer_may_get(served: ServedModel) -> None:

@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -409,6 +410,18 @@ def test_an_imported_model_with_its_template_and_an_end_that_waits(tmp_path: Pat
         *_, last = (line for line in lines if line)
     assert last == "data: [DONE]"
     assert server.process.wait(timeout=60) == 130
+
+
+def test_a_package_that_is_missing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for name in ("process", "app"):
+        monkeypatch.delitem(sys.modules, f"sheepop.serving.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--checkpoint", str(checkpoint)])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "needs the package uvicorn" in error
+    assert "pip install 'sheepop[serve]'" in error
 
 
 def test_addresses_that_cannot_be_had(server: RunningServer, checkpoint: Path, capsys: Any) -> None:

@@ -142,9 +142,9 @@ def create_app(served: ServedModel, scheduler: Scheduler, metrics: Metrics, *, a
     async def tokenize(request: HttpRequest) -> Response:
         """Return the tokens of a text."""
         body = await _body_of(request, TokenizeBody, served)
-        token_ids = await run_in_threadpool(served.tokenizer.encode, body.prompt)
-        if body.add_special_tokens:
-            token_ids = [*served.tokenizer.start_ids, *token_ids]
+        token_ids = await run_in_threadpool(served.prompt_tokens, body.prompt)
+        if not body.add_special_tokens:
+            token_ids = token_ids[len(served.tokenizer.start_ids) :]
         return JSONResponse(
             {
                 "count": len(token_ids),

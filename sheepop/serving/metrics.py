@@ -1,8 +1,10 @@
 """What Prometheus is told about a server."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from sheepop.generation.batching import Engine
 
@@ -44,24 +46,27 @@ class Metrics:
 
     def watch(self, engine: Engine) -> None:
         """Tell what the engine counts itself, as it stands when somebody asks."""
-        now: tuple[tuple[str, str, Callable[[], float]], ...] = (
-            ("sheepop_running_samples", "Texts that are being written.", lambda: engine.num_running),
-            ("sheepop_waiting_samples", "Texts that wait for a place.", lambda: engine.num_waiting),
-            (
-                "sheepop_prefix_cache_hit_tokens_total",
-                "Tokens of prompts that were found in the cache.",
-                lambda: engine.counters.found,
-            ),
-            ("sheepop_computed_tokens_total", "Tokens that went through the model.", lambda: engine.counters.computed),
-            (
-                "sheepop_preemptions_total",
-                "How often a text gave its memory back for an older one.",
-                lambda: engine.counters.preempted,
-            ),
-        )
-        for name, text, read in now:
-            Gauge(name, text, registry=self._registry).set_function(read)
+        self._registry.register(EngineCollector(engine))
 
     def page(self) -> bytes:
         """Return all of it in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+class EngineCollector(Collector):
+    """Reads what an engine knows of itself."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the numbers as they stand."""
+        engine, counters = self._engine, self._engine.counters
+        yield GaugeMetricFamily("sheepop_running_samples", "Texts that are being written.", engine.num_running)
+        yield GaugeMetricFamily("sheepop_waiting_samples", "Texts that wait for a place.", engine.num_waiting)
+        for name, text, value in (
+            ("prefix_cache_hit_tokens", "Tokens of prompts that were found in the cache.", counters.found),
+            ("computed_tokens", "Tokens that went through the model.", counters.computed),
+            ("preemptions", "How often a text gave its memory back for an older one.", counters.preempted),
+        ):
+            yield CounterMetricFamily(f"sheepop_{name}", text, value)

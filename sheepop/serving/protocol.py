@@ -6,6 +6,7 @@ official clients send, are left out (`IGNORED`), and so are others as long as th
 
 import json
 import secrets
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 MOST_PROMPTS, MOST_CHOICES, MOST_STOPS, LONGEST_STOP, MOST_LOGPROBS, MOST_BIASES = 1024, 128, 16, 256, 20, 1024
 LEAST_SEED, MOST_SEED = -(2**63), 2**63 - 1
+LARGEST_GRAMMAR = 2**16  # characters; what takes longer to compile would keep the other texts waiting
 GRAMMARS_KEPT = 32
 SHOWN = 80  # characters of a wrong value, in an error
 
@@ -146,6 +148,8 @@ class GenerationBody(RequestBody):
         asked = [self.regex, self.grammar, self.response_format and self.response_format.type != "text"]
         if sum(bool(each) for each in asked) > 1:
             raise ValueError("'response_format', 'regex' and 'grammar' each say all that the output may be; give one")
+        if self.followed is not None and len(self.followed.text) > LARGEST_GRAMMAR:
+            raise ValueError(f"the grammar or schema has more than {LARGEST_GRAMMAR} characters; give a shorter one")
         if any(asked) and self.ignore_eos:
             raise ValueError("'ignore_eos' does not go with a grammar, which says where the output ends")
         return self
@@ -318,6 +322,7 @@ class ServedModel:
     max_new_tokens: int
     chat_template: ChatTemplate | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    _encoding: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
     _compile: Callable[[Grammar], Callable[[], Constraint]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -345,13 +350,18 @@ class ServedModel:
                 code="model_not_found",
             )
 
+    def prompt_tokens(self, text: str) -> list[int]:
+        """Return the tokens of a text as the beginning of a document; for any thread, one of them at a time."""
+        with self._encoding:
+            return prompt_tokens(self.tokenizer, text)
+
     def completion_requests(self, body: CompletionBody) -> list[Request]:
         """Return what the engine is asked for, a request for each prompt.
 
         Raises:
             ApiError: the request cannot be answered.
         """
-        token_ids = [prompt_tokens(self.tokenizer, each) if isinstance(each, str) else each for each in body.prompts]
+        token_ids = [self.prompt_tokens(each) if isinstance(each, str) else each for each in body.prompts]
         return self._requests(body, token_ids, body.max_tokens, body.logprobs, scores_prompt=body.echo)
 
     def chat_requests(self, body: ChatBody) -> list[Request]:
@@ -361,13 +371,14 @@ class ServedModel:
             ApiError: the request cannot be answered.
         """
         if self.chat_template is None:
-            token_ids = prompt_tokens(self.tokenizer, "".join(f"{message.text}\n" for message in body.messages))
+            token_ids = self.prompt_tokens("".join(f"{message.text}\n" for message in body.messages))
             stop_ids: Sequence[int] = ()
         else:
             messages: list[Message] = [{"role": each.role, "content": each.text} for each in body.messages]
-            token_ids = self.chat_template.encode(messages, self.tokenizer)
+            with self._encoding:
+                token_ids = self.chat_template.encode(messages, self.tokenizer)
             # Whatever its name, a token that is no text ends a message.
-            stop_ids = list(self.tokenizer.special_ids.values())
+            stop_ids = [] if body.ignore_eos else list(self.tokenizer.special_ids.values())
         limits = [each for each in (body.max_completion_tokens, body.max_tokens) if each is not None]
         room = max(1, self.engine.max_seq_len - len(token_ids))
         most = min(limits) if limits else min(room, self.max_new_tokens)

@@ -119,6 +119,7 @@ def test_a_conversation_goes_through_the_models_template(served: ServedModel) ->
     end = TOKENIZER.end_of_text_id
     assert request.prompt_ids == [*TOKENIZER.encode("aa"), end, *TOKENIZER.encode("sdog"), end]
     assert end in request.stop_ids
+    assert model.chat_requests(chat(ignore_eos=True))[0].stop_ids == []
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,7 @@ def test_a_conversation_goes_through_the_models_template(served: ServedModel) ->
         ({"top_logprobs": 2}, "'top_logprobs' goes with 'logprobs': true alone"),
         ({"response_format": {"type": "json_schema"}}, "'response_format' is"),
         ({"regex": "a", "grammar": "start: A"}, "give one"),
+        ({"regex": "a" * 70_000}, "the grammar or schema has more than 65536 characters"),
         ({"regex": "a", "ignore_eos": True}, "'ignore_eos' does not go with a grammar"),
         ({"max_tokens": "9" * 200}, "…, but must be a whole number"),
     ],

@@ -27,12 +27,12 @@ from sheepop.serving.protocol import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    ServedModel,
     TokenizeBody,
     parse,
 )
 from sheepop.serving.responses import ChatAnswer, ChatCompletion, Completion, CompletionAnswer, token_name
 from sheepop.serving.scheduler import Job, Scheduler
+from sheepop.serving.served_model import ServedModel
 from sheepop.utils.errors import CheckpointError, SheepopError
 
 LARGEST_BODY = 2**22  # bytes

@@ -13,8 +13,8 @@ from fastapi import FastAPI
 
 from sheepop.serving.app import create_app
 from sheepop.serving.metrics import Metrics
-from sheepop.serving.protocol import ServedModel
 from sheepop.serving.scheduler import Scheduler
+from sheepop.serving.served_model import ServedModel
 from sheepop.utils.logging import log
 
 SECONDS_BETWEEN_LOOKS = 0.02

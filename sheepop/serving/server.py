@@ -46,7 +46,7 @@ def serve(
     """
     try:
         from sheepop.serving.process import run
-        from sheepop.serving.protocol import ServedModel
+        from sheepop.serving.served_model import ServedModel
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("sheepop"):
             raise

@@ -17,7 +17,7 @@ from sheepop.generation.batching import Engine
 from sheepop.generation.runner import ModelRunner
 from sheepop.generation.terminal import load_model_and_tokenizer
 from sheepop.models.transformer import TransformerModel
-from sheepop.serving.protocol import ServedModel
+from sheepop.serving.served_model import ServedModel
 
 
 @pytest.fixture(scope="session")

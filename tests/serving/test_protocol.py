@@ -13,7 +13,8 @@ from sheepop.data.chat_template import ChatTemplate
 from sheepop.generation.completion import prompt_tokens
 from sheepop.generation.sampling import SamplingSettings
 from sheepop.serving.errors import ApiError
-from sheepop.serving.protocol import IGNORED, NEUTRAL, ChatBody, CompletionBody, ServedModel, parse
+from sheepop.serving.protocol import IGNORED, NEUTRAL, ChatBody, CompletionBody, parse
+from sheepop.serving.served_model import ServedModel
 
 
 def completion(**fields: Any) -> CompletionBody:

@@ -41,6 +41,20 @@ Preset = Annotated[str | None, typer.Option(help="named settings: classic, moder
 MINUTES = "be done in this time, start and end included; without --config and --preset also choose all else for it"
 Bits = Literal["int8", "int4"]
 CacheBits = Literal["int8"]
+Optimized = Annotated[
+    bool, typer.Option("--optimized/--no-optimized", help="with a cache of keys and values, or the naive way")
+]
+Quantize = Annotated[
+    Bits | None, typer.Option(help="round the weights to fewer bits first: less memory, and faster on a CPU")
+]
+Cache = Annotated[
+    CacheBits | None,
+    typer.Option(help="keep keys and values in 8 bits: a third of the memory, slower, and the text may differ"),
+]
+Speculate = Annotated[
+    str | None,
+    typer.Option(help="guess tokens ahead and check them: lookup, or the checkpoint of a small model (PATH)"),
+]
 Compiles = Annotated[
     bool,
     typer.Option("--compile", help="compile the whole step of a token first, which takes half a minute and is kept"),
@@ -349,21 +363,11 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="end before this text; may be repeated")] = None,
     seed: Annotated[int, typer.Option(help="same seed, same text")] = 42,
     num_samples: Annotated[int, typer.Option(help="number of completions")] = 1,
-    optimized: Annotated[
-        bool, typer.Option("--optimized/--no-optimized", help="with a cache of keys and values, or the naive way")
-    ] = True,
+    optimized: Optimized = True,
     compiles: Compiles = False,
-    quantize: Annotated[
-        Bits | None, typer.Option(help="round the weights to fewer bits first: less memory, and faster on a CPU")
-    ] = None,
-    cache: Annotated[
-        CacheBits | None,
-        typer.Option(help="keep keys and values in 8 bits: a third of the memory, slower, and the text may differ"),
-    ] = None,
-    speculate: Annotated[
-        str | None,
-        typer.Option(help="guess tokens ahead and check them: lookup, or the checkpoint of a small model (PATH)"),
-    ] = None,
+    quantize: Quantize = None,
+    cache: Cache = None,
+    speculate: Speculate = None,
     json_schema: Annotated[Path | None, typer.Option(help="file of a JSON schema that the output follows")] = None,
     regex: Annotated[str | None, typer.Option(help="regular expression that the whole output follows")] = None,
     grammar: Annotated[Path | None, typer.Option(help="file of a Lark grammar that the output follows")] = None,
@@ -465,6 +469,52 @@ def chat(
         device=device or "auto",
         compiles=compiles,
     )
+
+
+@app.command()
+@collecting_rarely()
+def serve(
+    checkpoint: Checkpoint,
+    host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0: every one of this machine")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free")] = 8000,
+    name: Annotated[str | None, typer.Option(help="the model's name for clients (default: its folder's)")] = None,
+    batch_size: Annotated[int, typer.Option(help="texts that are written at the same time")] = 16,
+    max_queue: Annotated[int, typer.Option(help="texts that may wait; more are refused")] = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="the most tokens of a text (default: the model's context, and at least 4096)")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="SHEEPOP_API_KEY", help="clients have to send it (default: none is asked for)")
+    ] = None,
+    grace: Annotated[float, typer.Option(help="seconds for what is being written when a signal ends the server")] = 5.0,
+    optimized: Optimized = True,
+    quantize: Quantize = None,
+    cache: Cache = None,
+    speculate: Speculate = None,
+    device: Device = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON value when ready: url and model")] = False,
+) -> None:
+    """Answer over HTTP as OpenAI's API does, for many clients at once, with a page to try the model."""
+    from sheepop.serving.server import serve as start_server
+
+    status = start_server(
+        checkpoint,
+        host=host,
+        port=port,
+        name=name,
+        batch_size=batch_size,
+        max_queue=max_queue,
+        max_new_tokens=max_new_tokens,
+        api_key=api_key,
+        grace_seconds=grace,
+        optimized=optimized,
+        quantization=quantize,
+        int8_cache=cache is not None,
+        speculate=speculate,
+        device=device or "auto",
+        as_json=as_json,
+    )
+    sys.exit(status)
 
 
 @app.command()

@@ -3,6 +3,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,21 @@ def compiler(inductor_folder: None) -> None:
     missing = missing_compiler(torch.device("cpu"))
     if missing:
         pytest.skip(f"needs a compiler: {missing}")
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """A headless Chromium, the system's or the one that Playwright installed."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    with api.sync_playwright() as playwright:
+        installed = playwright.chromium.executable_path
+        path = next(filter(None, map(shutil.which, names)), installed if Path(installed).exists() else None)
+        if path is None:
+            pytest.skip("needs Chromium, from the system's packages or by `playwright install chromium`")
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")

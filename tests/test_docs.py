@@ -26,6 +26,7 @@ NOT_RUN = {
     "source venv/bin/activate": "the commands run with this interpreter's folder first on the path",
     "make demo": "it installs; `sheepop demo` is run, and the target is checked to exist",
     "make test": "this test runs inside it; the target is checked to exist",
+    "sheepop serve --checkpoint runs/small": "it runs until it is ended; tests/serving start such servers and end them",
     "python3 example.py": "test_notebooks.py runs it",
     "python3 notebooks/01_attention_from_scratch.py runs/figures": "test_notebooks.py runs it",
 }

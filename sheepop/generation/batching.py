@@ -125,6 +125,16 @@ class Engine:
         """Whether a step would do anything."""
         return bool(self._running or self._waiting or self._events)
 
+    @property
+    def num_running(self) -> int:
+        """How many samples are being written, or their prompts read."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """How many samples wait for others to end."""
+        return len(self._waiting)
+
     def add(self, request: Request) -> int:
         """Take on a request, to join at the next step; return the number that its events carry.
 

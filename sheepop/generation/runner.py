@@ -80,6 +80,23 @@ class ModelRunner:
         return list(torch.split(logits.float(), [len(places) for places in wanted]))
 
 
+class NaiveRunner:
+    """Computes the whole text of each chunk again, without stored keys and values: the reference of the others."""
+
+    def __init__(self, model: TransformerModel) -> None:
+        self.model = model
+
+    def __call__(self, chunks: Sequence[Chunk], cache: PagedCache) -> list[Tensor]:
+        """Do what `Runner` says, but for the pages, which stay as they are."""
+        logits = []
+        with inference(self.model):
+            for chunk in chunks:
+                text = torch.tensor([chunk.sequence.token_ids + chunk.token_ids], device=cache.device)  # (1, T)
+                wanted = len(chunk.token_ids) if chunk.all_logits else 1
+                logits.append(self.model(text)[0, -wanted:].float())
+        return logits
+
+
 # Up to about so many tokens of a step the kernels are faster than PyTorch's operators. Beyond that the weights are used
 # so often that these no longer matter, and PyTorch's attention is the better one (`docs/log.md`).
 FEW_TOKENS = 32

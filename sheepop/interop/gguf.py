@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sheepop.config import ModelConfig
+from sheepop.data.chat_template import load_chat_template
 from sheepop.data.tokenizer import Tokenizer, load_model_tokenizer
 from sheepop.interop.gguf_architectures import (
     IMPORTED,
@@ -51,6 +52,7 @@ class Encoding:
 
 SMALLEST_FP16 = 2**-24
 ENCODINGS = {"f32": Encoding(0, 0.0, 1e-4), "f16": Encoding(1, 2**-11, 5e-3), "q8_0": Encoding(7, 1 / 127, 0.15)}
+CHAT_TEMPLATE = "tokenizer.chat_template"
 GELU_TOLERANCE = 5e-3  # more, where llama.cpp looks GELU up in a table of fp16
 
 
@@ -70,9 +72,10 @@ def import_gguf(file: Path, output: Path, tokenizer_path: Path | None = None) ->
     settings, weights = read_model(stored, str(file))
     if tokenizer_path is None:
         tokenizer = read_tokenizer(stored.fields, settings.vocab_size, str(file))
+        template = stored.fields.get(CHAT_TEMPLATE)
     else:
-        tokenizer = load_model_tokenizer(tokenizer_path, settings.vocab_size)
-    write_imported(output, settings, weights, tokenizer)
+        tokenizer, template = load_model_tokenizer(tokenizer_path, settings.vocab_size), None
+    write_imported(output, settings, weights, tokenizer, template)
 
 
 def read_model(file: GgufFile, source: str) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -132,6 +135,9 @@ def export_gguf(checkpoint: Path, output: Path, *, encoding: str = "f32") -> Non
         **fields_for(architecture, settings),
         **tokenizer_fields(tokenizer, settings.vocab_size),
     }
+    chat_template = load_chat_template(folder)
+    if chat_template is not None:
+        fields[CHAT_TEMPLATE] = chat_template.source
     moved = weights_for(moves_of(architecture, settings), weights, settings)
     if settings.rope_scaling == "llama3":
         moved[ROPE_DIVISORS] = rope_divisors(settings).float()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sheepop.config import ModelConfig
+from sheepop.data.chat_template import LARGEST_TEMPLATE, TEMPLATE_FILE, load_chat_template
 from sheepop.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_model_tokenizer
 from sheepop.interop.imported import checked_settings, write_imported
 from sheepop.interop.moves import weights_for, weights_from
@@ -27,7 +28,7 @@ from sheepop.models.pretrained import (
 )
 from sheepop.models.transformer import TransformerModel
 from sheepop.utils.errors import CheckpointError
-from sheepop.utils.files import atomic_folder, read_json, write_json
+from sheepop.utils.files import atomic_folder, read_json, write_atomic, write_json
 from sheepop.utils.logging import log
 
 TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
@@ -54,6 +55,9 @@ def export_huggingface(checkpoint: Path, output: Path) -> None:
         moved = weights_for(stock.moves(settings), weights, settings)
         save_tensors(moved, temporary / WEIGHTS_FILE, {"format": "pt"})
         write_tokenizer(temporary, tokenizer, settings.max_seq_len)
+        template = load_chat_template(folder)
+        if template is not None:
+            write_atomic(temporary / TEMPLATE_FILE, template.source)
         prove(temporary, model, tokenizer)
     log(f"{output} holds a {stock.name} that transformers and what builds on it load without code of ours")
 
@@ -169,7 +173,27 @@ def import_huggingface(folder: Path, output: Path, tokenizer_path: Path | None =
     moves = stock.moves(settings)
     moved = weights_from(moves, with_prefix(weights, moves[0].theirs[0]), settings, str(folder))
     tokenizer = load_model_tokenizer(tokenizer_path or folder, settings.vocab_size)
-    write_imported(output, settings, moved, tokenizer if tokenizer_path else with_marks_of(folder, tokenizer))
+    if tokenizer_path is None:
+        write_imported(output, settings, moved, with_marks_of(folder, tokenizer), template_of(folder))
+    else:  # a template is full of names of the folder's own tokens
+        write_imported(output, settings, moved, tokenizer)
+
+
+def template_of(folder: Path) -> object:
+    """Return the chat template of a folder, which has a file of its own or stands in the tokenizer's settings; or None.
+
+    Where the settings have several, which a list names, it is the default one.
+    """
+    own, settings = folder / TEMPLATE_FILE, folder / TOKENIZER_SETTINGS_FILE
+    if own.is_file() and own.stat().st_size <= LARGEST_TEMPLATE:
+        return own.read_text(encoding="utf-8", errors="replace")
+    if not settings.is_file():
+        return None
+    said = read_json(settings, CheckpointError, most_bytes=LARGEST_JSON).get("chat_template")
+    if not isinstance(said, list):
+        return said
+    default = (each for each in said if isinstance(each, dict) and each.get("name") == "default")
+    return next(default, {}).get("template")
 
 
 def with_marks_of(folder: Path, tokenizer: Tokenizer) -> Tokenizer:

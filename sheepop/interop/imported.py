@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from sheepop.config import Config, ModelConfig, parse_config
+from sheepop.data.chat_template import TEMPLATE_FILE, ChatTemplate
 from sheepop.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from sheepop.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, save_weights, write_manifest
 from sheepop.models.sizing import count_parameters
-from sheepop.utils.errors import CheckpointError, ConfigError
-from sheepop.utils.files import atomic_folder, write_json
-from sheepop.utils.logging import format_count, log
+from sheepop.utils.errors import CheckpointError, ConfigError, DataError
+from sheepop.utils.files import atomic_folder, write_atomic, write_json
+from sheepop.utils.logging import format_count, log, warn
 
 LONGEST = 2**24  # tokens of a context; a file that says more is damaged
 
@@ -55,16 +56,41 @@ def checked_settings(read: Callable[[], Mapping[str, Any]], num_stored: int, sou
     return model
 
 
-def write_imported(output: Path, settings: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
-    """Write a checkpoint of a model that was trained elsewhere."""
-    write_stateless(output, Config(model=settings), weights, tokenizer)
+def write_imported(
+    output: Path,
+    settings: ModelConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    template: object = None,
+) -> None:
+    """Write a checkpoint of a model that was trained elsewhere, with its chat template where that can be used."""
+    write_stateless(output, Config(model=settings), weights, tokenizer, usable_template(template))
 
 
-def write_stateless(output: Path, config: Config, weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
+def usable_template(source: object) -> ChatTemplate | None:
+    """Return a chat template of others; one that cannot be read is left out, since all but conversations go without."""
+    if not isinstance(source, str):
+        return None
+    try:
+        return ChatTemplate(source)
+    except DataError as error:
+        warn(f"{error} The model is imported without it.")
+        return None
+
+
+def write_stateless(
+    output: Path,
+    config: Config,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None = None,
+) -> None:
     """Write a checkpoint that is a pretrained model without the state of a run."""
     with atomic_folder(output) as temporary:
         write_json(temporary / CONFIG_FILE, config.model_dump())
         save_weights(weights, config.model, temporary / WEIGHTS_FILE)
         tokenizer.save(temporary / TOKENIZER_FILE)
+        if template is not None:
+            write_atomic(temporary / TEMPLATE_FILE, template.source)
         write_manifest(temporary, step=0)
     log(f"{output} holds the model: {format_count(count_parameters(config.model).total)} parameters")

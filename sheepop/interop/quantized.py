@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from sheepop.data.chat_template import load_chat_template
 from sheepop.data.tokenizer import load_model_tokenizer
 from sheepop.interop.imported import refuse_to_replace, write_stateless
 from sheepop.models.pretrained import read_model, read_settings, resolve_checkpoint, stored_weights, verified_meanwhile
@@ -21,4 +22,5 @@ def quantize_checkpoint(checkpoint: Path, output: Path, quantization: Quantizati
     with verified_meanwhile(folder):
         model = quantize(read_model(folder, shares_file=True), quantization)
     settings = read_settings(folder).model_copy(update={"model": model.config})
-    write_stateless(output, settings, stored_weights(model), load_model_tokenizer(folder, model.config.vocab_size))
+    tokenizer = load_model_tokenizer(folder, model.config.vocab_size)
+    write_stateless(output, settings, stored_weights(model), tokenizer, load_chat_template(folder))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sheepop.config import ModelConfig
-from sheepop.generation.runner import Chunk, KernelRunner, ModelRunner, Runner, groups_of_similar_length
+from sheepop.generation.runner import Chunk, KernelRunner, ModelRunner, NaiveRunner, Runner, groups_of_similar_length
 from sheepop.models.paged_cache import CachedSequence, PagedCache
 from sheepop.models.quantization import quantize
 from sheepop.models.transformer import TransformerModel
@@ -45,7 +45,7 @@ def kernels(model: TransformerModel) -> KernelRunner:
     return KernelRunner(model, FastDecoder(model))
 
 
-@pytest.mark.parametrize("runner", [ModelRunner, kernels])
+@pytest.mark.parametrize("runner", [ModelRunner, kernels, NaiveRunner])
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_of_many_texts_give_the_logits_of_each_text_alone(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sheepop.config import Config
+from sheepop.data.chat_template import load_chat_template
 from sheepop.data.tokenizer import Tokenizer
 from sheepop.interop.convert import export_model, import_model
 from sheepop.interop.huggingface import prove
+from sheepop.interop.quantized import quantize_checkpoint
 from sheepop.models.pretrained import load_pretrained
 from sheepop.utils.errors import CheckpointError, ConfigError
 
@@ -312,6 +315,39 @@ def test_texts_begin_and_end_as_the_files_say(tmp_path, checkpoint, files, start
     export_model(tmp_path / "back", tmp_path / "again", file_format="hf")  # what was found is written
     import_model(tmp_path / "again", tmp_path / "twice", tokenizer=None)
     assert Tokenizer.load(tmp_path / "twice").fingerprint == found.fingerprint
+
+
+TEMPLATE = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+
+
+def test_the_template_of_conversations_stays_with_the_model(tmp_path, checkpoint, capfd):
+    def template_of(folder):
+        template = load_chat_template(folder)
+        return template and template.source
+
+    export_model(checkpoint("modern"), tmp_path / "hf", file_format="hf")
+    settings = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    several = [{"name": "tools", "template": "other"}, {"name": "default", "template": TEMPLATE}]
+    for said, expected in (
+        (TEMPLATE, TEMPLATE),
+        (several, TEMPLATE),
+        (several[:1], None),
+        ("{% for %}", None),
+        (5, None),
+    ):
+        (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": said}))
+        shutil.rmtree(tmp_path / "back", ignore_errors=True)
+        import_model(tmp_path / "hf", tmp_path / "back", tokenizer=None)
+        assert template_of(tmp_path / "back") == expected
+    assert "cannot be read" in capfd.readouterr().err
+    (tmp_path / "hf/chat_template.jinja").write_text(TEMPLATE + "!")
+    import_model(tmp_path / "hf", tmp_path / "own", tokenizer=None)
+    assert template_of(tmp_path / "own") == TEMPLATE + "!"
+    quantize_checkpoint(tmp_path / "own", tmp_path / "rounded", "int8")
+    export_model(tmp_path / "own", tmp_path / "again", file_format="hf")
+    assert template_of(tmp_path / "rounded") == template_of(tmp_path / "again") == TEMPLATE + "!"
+    import_model(tmp_path / "hf", tmp_path / "plain", tokenizer=tmp_path / "own")
+    assert template_of(tmp_path / "plain") is None
 
 
 def test_pickles_are_not_read(tmp_path, checkpoint):

@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +13,6 @@ from website.errors import SiteError
 from website.pages import borrow
 
 PROJECT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    """A headless Chromium, the system's or the one that Playwright installed."""
-    api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    with api.sync_playwright() as playwright:
-        installed = playwright.chromium.executable_path
-        path = next(filter(None, map(shutil.which, names)), installed if Path(installed).exists() else None)
-        if path is None:
-            pytest.skip("needs Chromium, from the system's packages or by `playwright install chromium`")
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 def open_page(browser: Any, path: Path, **options: Any) -> Any:

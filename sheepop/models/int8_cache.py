@@ -10,6 +10,7 @@ from torch import Tensor
 from sheepop.config import ModelConfig
 from sheepop.models.paged_cache import PagedCache
 from sheepop.models.sizing import kv_cache_bytes
+from sheepop.utils.memory import zeros_on_demand
 
 STEPS = 127  # on either side of zero
 
@@ -20,10 +21,11 @@ class Int8PagedCache(PagedCache):
     def allocate(self, shape: tuple[int, int, int, int]) -> None:
         """Make the tensors of all layers, (num_pages, K, page_size, C), and their scales."""
         self.keys, self.values = (
-            [torch.zeros(shape, device=self.device, dtype=torch.int8) for _ in range(self.num_layers)] for _ in range(2)
+            [zeros_on_demand(shape, device=self.device, dtype=torch.int8) for _ in range(self.num_layers)]
+            for _ in range(2)
         )
         self.key_scales, self.value_scales = (
-            [torch.zeros(shape[:3], device=self.device, dtype=self.dtype) for _ in range(self.num_layers)]
+            [zeros_on_demand(shape[:3], device=self.device, dtype=self.dtype) for _ in range(self.num_layers)]
             for _ in range(2)
         )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sheepop.config import ModelConfig
 from sheepop.models.sizing import CONVOLUTIONS, kv_cache_bytes
 from sheepop.utils.errors import ConfigError
-from sheepop.utils.memory import available_bytes, check_available
+from sheepop.utils.memory import available_bytes, check_available, zeros_on_demand
 
 DIGEST_BYTES = 16  # long enough that two different beginnings never meet, by chance or by intent
 SHARE_OF_MEMORY = 0.5  # of what is available, at the most
@@ -82,7 +82,7 @@ class PagedCache:
         self.num_recent = config.ngram_order - 1  # tokens before a new one that the embedding reads
         # What short convolutions read, as keys of so many heads of the stream's width.
         self.inputs = [
-            torch.zeros((num_pages, CONVOLUTIONS, page_size, config.d_model), device=device, dtype=dtype)
+            zeros_on_demand((num_pages, CONVOLUTIONS, page_size, config.d_model), device=self.device, dtype=dtype)
             for _ in range(config.num_layers if config.conv_width > 1 else 0)
         ]
         # A window keeps what short convolutions read in sight, too.
@@ -99,7 +99,8 @@ class PagedCache:
         """Make the tensors of all layers, (num_pages, K, page_size, C)."""
         # Zeros, because attention multiplies also what it hides, by 0, and memory may hold what is not a number.
         self.keys, self.values = (
-            [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in range(self.num_layers)] for _ in range(2)
+            [zeros_on_demand(shape, device=self.device, dtype=self.dtype) for _ in range(self.num_layers)]
+            for _ in range(2)
         )
 
     @classmethod

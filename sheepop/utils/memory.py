@@ -3,12 +3,16 @@
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from sheepop.utils.errors import ConfigError
 from sheepop.utils.logging import format_bytes
@@ -54,6 +58,17 @@ def available_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(_system_bytes(), *_control_group_bytes())
+
+
+def zeros_on_demand(shape: Sequence[int], *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return zeros whose memory, on a CPU, the system gives only where it is first written to or read.
+
+    PyTorch's own zeros are written at once: of a cache for many long texts that are seldom all there, gigabytes.
+    """
+    if device.type != "cpu":
+        return torch.zeros(*shape, device=device, dtype=dtype)
+    memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(*shape)
 
 
 def check_available(needed: int, device: torch.device, what: str, advice: str) -> None:

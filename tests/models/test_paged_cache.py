@@ -9,6 +9,7 @@ from sheepop.models.int8_cache import Int8PagedCache
 from sheepop.models.paged_cache import CachedSequence, PagedCache, pages_in_memory
 from sheepop.models.sizing import kv_cache_bytes
 from sheepop.utils.errors import ConfigError
+from sheepop.utils.memory import resident_bytes
 
 CONFIG = ModelConfig(vocab_size=5, d_model=12, num_layers=2, num_heads=6, num_kv_heads=3, max_seq_len=40)
 
@@ -33,6 +34,17 @@ def test_the_layout_is_the_one_that_other_code_reads() -> None:
     sequence = stored(cache, [1, 2, 3, 4, 0, 1, 2])
     assert len(sequence.pages) == 2
     assert sequence.length == 7
+
+
+@pytest.mark.parametrize("kind", [PagedCache, Int8PagedCache])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_take_memory_only_where_they_are_used(kind: type[PagedCache], dtype: torch.dtype) -> None:
+    before = resident_bytes()
+    cache = kind(CONFIG, 2**17, 16, dtype=dtype)
+    assert kind.page_bytes(CONFIG, 16, dtype) * 2**17 > 2**26
+    assert resident_bytes() - before < 2**25
+    assert cache.keys[0].dtype == (torch.int8 if kind is Int8PagedCache else dtype)
+    assert not cache.keys[1][-9:].any()
 
 
 def test_a_beginning_that_was_stored_is_found_in_whole_pages_and_one_token_is_left_to_compute() -> None:

@@ -4,13 +4,13 @@ import contextlib
 import ctypes
 import gc
 import math
+import mmap
 import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,10 +65,11 @@ def zeros_on_demand(shape: Sequence[int], *, device: torch.device, dtype: torch.
 
     PyTorch's own zeros are written at once: of a cache for many long texts that are seldom all there, gigabytes.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros(*shape, device=device, dtype=dtype)
-    memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(*shape)
+    # Not from malloc, which clears at once what it has had back from others.
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
 def check_available(needed: int, device: torch.device, what: str, advice: str) -> None:

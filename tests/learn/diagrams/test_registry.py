@@ -16,7 +16,7 @@ from sheepop.learn.diagrams.registry import all_diagrams
 PROJECT = Path(__file__).parents[3]
 FLOORS = [
     ["cli"],
-    ["learn"],
+    ["learn", "serving"],
     ["training"],
     ["evaluation", "generation", "interop"],
     ["models", "data"],

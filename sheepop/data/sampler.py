@@ -44,7 +44,7 @@ class Sampler:
 
         Windows `stride` apart, all of them moved by as much, the first over the beginning to the text's end, still
         have every token as a target. A text that is read again and again is learned by heart later where it is cut in
-        other places: 0.3 % of the loss on other texts after three epochs (`docs/log.md`, 2026-11-29).
+        other places: in one run of three epochs the loss on other texts was 0.3 % lower (`docs/log.md`, 2026-11-29).
         """
         epoch = self.epoch_of(step)
         return derive_seed(self.seed, "shift", epoch) % stride if epoch else 0

@@ -5,20 +5,17 @@ a row becomes fp32 in a near cache only, of which nothing but the result is writ
 operators change in place, the same takes nine tenths of the time, which is not worth a second kernel (`docs/log.md`).
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-
 import numpy as np
 import torch
 from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sheepop.models.rounding_kernels import SIXTEEN, round_to_bf16
 from sheepop.models.vector_exp import ONE, exp_fp32
+from sheepop.utils.threads import on_all_threads
 
 NOTHING = np.float32(0)
-SIXTEEN, LAST_BIT, BELOW_HALF = np.uint32(16), np.uint32(1), np.uint32(0x7FFF)
 QUIET_NAN = np.uint16(0x7FC0)
 # The bits of fp32 numbers, read as integers, are in their order, once those of negative ones are turned round but for
 # the sign. The largest of integers is found by vectors; that of numbers, for the sake of NaN, is not.
@@ -41,27 +38,12 @@ def turn_into_errors(logits: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
-def on_all_threads(work: Callable[[slice], None], *, rows: int) -> None:
-    """Call `work`, which lets other threads compute meanwhile, for equal parts of the rows, one of them here."""
-    size = -(-rows // torch.get_num_threads())
-    others = [helpers().submit(work, slice(start, start + size)) for start in range(size, rows, size)]
-    work(slice(0, size))
-    for other in others:
-        other.result()
-
-
-@cache
-def helpers() -> ThreadPoolExecutor:
-    """Return threads that stay: to start one takes as long as some rows."""
-    return ThreadPoolExecutor(torch.get_num_threads())
-
-
 # A sum in any order becomes vectors; infinities and NaN are kept, as a loss that is not finite must be noticed.
 @njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)
 def fill_errors(logits: NDArray[np.uint16], targets: NDArray[np.int64], losses: NDArray[np.float32]) -> None:
     """Do what `turn_into_errors` does on one thread."""
     powers = np.empty(logits.shape[1], dtype=np.float32)
-    bits = powers.view(np.int32)
+    bits, unsigned = powers.view(np.int32), powers.view(np.uint32)
     largest = np.empty(1, dtype=np.int32)
     for n in range(len(logits)):
         row = logits[n]
@@ -86,6 +68,6 @@ def fill_errors(logits: NDArray[np.uint16], targets: NDArray[np.int64], losses: 
         for v in range(len(row)):
             powers[v] *= share
         powers[targets[n]] -= ONE
-        for v in range(len(row)):  # to the nearest, of two to the even one
-            long = np.uint32(bits[v])
-            row[v] = np.uint16((long + BELOW_HALF + ((long >> SIXTEEN) & LAST_BIT)) >> SIXTEEN)
+        round_to_bf16(unsigned)
+        for v in range(len(row)):
+            row[v] = np.uint16(unsigned[v] >> SIXTEEN)

@@ -5,9 +5,6 @@ stay in the nearest cache. Groups lie side by side, a lane each, so that the com
 reorder what is computed.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import torch
 from numba import njit
@@ -15,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sheepop.models.quantized_layers import GROUP, LARGEST, LEVELS, PARTS, SHRINKS, SMALLEST
+from sheepop.utils.threads import on_all_threads
 
 Floats = NDArray[np.float32]
 Bits = NDArray[np.uint32]
@@ -33,7 +31,11 @@ def fill_rows(weight: Tensor, values: Tensor, scale: Tensor) -> None:
     """Do what `round_rows` does with weight (O, I), fp32, into values (O, I), int8, and scale (O,), fp32."""
     weights, kept, scales = weight.detach().contiguous().numpy(), values.numpy(), scale.numpy()
     bits = weights.view(np.uint32)
-    on_all_cores(lambda part: round_rows(weights[part], bits[part], kept[part], scales[part]), weight)
+    on_all_threads(
+        lambda part: round_rows(weights[part], bits[part], kept[part], scales[part]),
+        rows=len(weight),
+        most=weight.numel() // WEIGHTS_OF_A_TASK,
+    )
 
 
 def fill_groups(weight: Tensor, values: Tensor, scale: Tensor, lowest: Tensor) -> None:
@@ -49,15 +51,7 @@ def fill_groups(weight: Tensor, values: Tensor, scale: Tensor, lowest: Tensor) -
             lows[part].reshape(-1),
         )
 
-    on_all_cores(fill, weight)
-
-
-def on_all_cores(work: Callable[[slice], None], weight: Tensor) -> None:
-    """Call `work`, which lets other threads compute meanwhile, for parts of the rows of a weight (O, I)."""
-    tasks = max(1, min(torch.get_num_threads(), weight.numel() // WEIGHTS_OF_A_TASK))
-    rows = -(-len(weight) // tasks)
-    with ThreadPoolExecutor(tasks) as pool:
-        list(pool.map(work, (slice(start, start + rows) for start in range(0, len(weight), rows))))
+    on_all_threads(fill, rows=len(weight), most=weight.numel() // WEIGHTS_OF_A_TASK)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)  # a check for a division by zero would keep vectors away

@@ -427,8 +427,8 @@ def weight_decay_for(rate: float, steps: float, epochs: float) -> float:
 
     A weight is the sum of its updates, each of which fades over 1 / (rate · decay) steps (Wang and Aitchison 2024). Of
     text read for the first time the longer memory learned more, over 0.44 of the run rather than 0.15; of text read
-    three times over 0.15 to 0.2, rather than 0.07 or 0.44, by 0.7 to 1.8 % of the loss on other texts (`docs/log.md`,
-    2026-11-29). Beyond that it is a guess.
+    three times over 0.15 to 0.2, rather than 0.07, 0.44 or 0.63, by 0.7 to 1.8 % of the loss on other texts, with one
+    seed (`docs/log.md`, 2026-11-29). Beyond that it is a guess.
     """
     share = max(LEAST_MEMORY, min(MOST_MEMORY, MEMORY_EPOCHS / epochs))
     return float(f"{min(MOST_DECAY, 1 / (rate * share * steps)):.2g}")

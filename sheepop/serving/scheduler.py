@@ -1,7 +1,8 @@
 """One thread that runs the engine; requests join and leave between its steps.
 
-The event loop of the server submits jobs and reads their parts; the thread alone touches the engine. It never waits for
-a client: what a slow one has not read yet lies in the queue of its job, which its own tokens bound.
+The event loop of the server submits jobs and reads their parts; the engine's thread, the one that calls
+`Scheduler.run`, alone touches the engine. It never waits for a client: what a slow one has not read yet lies in the
+queue of its job, which its own tokens bound.
 """
 
 import asyncio
@@ -57,7 +58,7 @@ class Job:
 class Scheduler:
     """Runs an engine for many clients at once.
 
-    All but the thread's own methods are for the event loop.
+    All but `run` and what it calls is for the event loop, which is another thread's.
 
     Args:
         engine: without work; nobody else may use it from now on.
@@ -74,11 +75,7 @@ class Scheduler:
         self._num_samples = 0  # of all jobs that are not finished
         self._is_draining = self._is_closed = False
         self._jobs: dict[int, tuple[Job, int]] = {}  # by the engine's number, with the index of the first choice
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-
-    def start(self) -> None:
-        """Begin to compute."""
-        self._thread.start()
+        self._ended = threading.Event()
 
     def submit(self, requests: Sequence[Request], stop: Sequence[str]) -> Job:
         """Take on requests of one client.
@@ -132,28 +129,35 @@ class Scheduler:
         return self._num_samples == 0
 
     def close(self) -> None:
-        """Break off what is not finished, and end the thread."""
+        """Break off what is not finished, let `run` return, and wait for that."""
         self.drain()
-        if self._thread.is_alive():
-            self._post(self._break_off)
-            self._thread.join()
+        self._post(self._break_off)
+        self._ended.wait()
 
-    # From here on the thread's.
+    # From here on the engine's thread.
 
-    def _run(self) -> None:
-        while not self._is_closed:
-            with self._changed:
-                while not self._inbox and not self._engine.has_work:
-                    self._changed.wait()
-                orders = [self._inbox.popleft() for _ in range(len(self._inbox))]
-            for order in orders:
-                order()
-            try:
-                self._tell(self._engine.step())
-            except Exception as error:  # a defect: those who wait are told, and the next ones are served
-                if not isinstance(error, CheckpointError):
-                    log(traceback.format_exc())
-                self._fail_all(ApiError(f"The text could not be computed. {error}", status=INTERNAL))
+    def run(self) -> None:
+        """Compute what is submitted, until `close` is called."""
+        try:
+            while not self._is_closed:
+                self._do_next()
+        finally:
+            self._ended.set()
+
+    def _do_next(self) -> None:
+        """Wait for something to do; take on and drop what clients ask for, and make one step."""
+        with self._changed:
+            while not self._inbox and not self._engine.has_work:
+                self._changed.wait()
+            orders = [self._inbox.popleft() for _ in range(len(self._inbox))]
+        for order in orders:
+            order()
+        try:
+            self._tell(self._engine.step())
+        except Exception as error:  # a defect: those who wait are told, and the next ones are served
+            if not isinstance(error, CheckpointError):
+                log(traceback.format_exc())
+            self._fail_all(ApiError(f"The text could not be computed. {error}", status=INTERNAL))
 
     def _post(self, order: Callable[[], None]) -> None:
         with self._changed:

@@ -41,11 +41,12 @@ async def scheduler(pair: Pair, *, max_waiting: int = 2) -> AsyncIterator[tuple[
     runner = Stumbling(model)
     engine = Engine(model, max_batch_size=2, runner=runner)
     running = Scheduler(engine, tokenizer, max_waiting=max_waiting, metrics=Metrics())
-    running.start()
+    computing = asyncio.create_task(asyncio.to_thread(running.run))
     try:
         yield running, engine, runner
     finally:
         await asyncio.to_thread(running.close)
+        await computing
 
 
 def request(tokenizer: Tokenizer, text: str, tokens: int, **options: Any) -> Request:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from sheepop.data.chat_template import Message, load_chat_template
 from sheepop.data.tokenizer import Tokenizer, load_model_tokenizer
-from sheepop.generation.completion import Generation, complete, prompt_tokens
+from sheepop.generation.completion import Generation, Transcript, complete, prompt_tokens
 from sheepop.generation.draft_model import DraftModel
-from sheepop.generation.engine import decode_for, uses_kernels
+from sheepop.generation.engine import decode_for, generate_cached, uses_kernels
 from sheepop.generation.file_completion import complete_file
 from sheepop.generation.generate import check_length
 from sheepop.generation.grammar import Grammar, GrammarKind, constraint_of
@@ -222,28 +223,40 @@ def load_speculator(
 def chat(
     checkpoint: Path, settings: SamplingSettings, *, max_new_tokens: int, seed: int, device: str, compiles: bool
 ) -> None:
-    """Take turns with a model: each line typed is added to the text, and the model continues all of it.
+    """Take turns with a model. An empty line ends the chat.
 
-    The models trained here continue text; they were not taught to answer. An empty line ends the chat.
+    A model that has a chat template answers each line typed. Others, such as those trained here, were not taught to
+    answer: each line is added to one text, and the model continues all of it.
     """
     settings.validate()
     model, tokenizer = load_model_and_tokenizer(checkpoint, device)
-    log("The model continues what you write. An empty line ends.")
+    template = load_chat_template(resolve_checkpoint(checkpoint))
+    log(f"The model {'answers' if template else 'continues'} what you write. An empty line ends.")
     decode = decode_for(model, compiles=compiles)
+    ends = set(tokenizer.special_ids.values())  # whatever its name, a token that is no text ends a turn
+    messages: list[Message] = []
     text = ""
     for turn, line in enumerate(_lines()):
+        messages.append({"role": "user", "content": line})
         text += line + "\n"
-        generation = complete(
+        transcript = Transcript(tokenizer, (), _show)
+
+        def on_token(_: int, token_id: int, answer: Transcript = transcript) -> bool:
+            return token_id in ends or answer.add(token_id)
+
+        generate_cached(
             model,
-            tokenizer,
-            text,
+            template.encode(messages, tokenizer) if template else prompt_tokens(tokenizer, text),
             settings,
             max_new_tokens=max_new_tokens,
             seed=seed + turn,
+            end_of_text_id=tokenizer.end_of_text_id,
+            on_token=on_token,
             decode=decode,
-            on_text=_show,
         )
-        text += generation.completions[0].text
+        answer = transcript.finish()
+        messages.append({"role": "assistant", "content": answer})
+        text += answer
         if not text.endswith("\n"):
             print()
             text += "\n"

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sheepop import __version__
+from sheepop.generation.request import Request
 from sheepop.serving.choice import Piece
 from sheepop.serving.errors import INTERNAL, TOO_MANY, UNAVAILABLE, ApiError
 from sheepop.serving.metrics import Metrics
@@ -167,9 +168,8 @@ def create_app(served: ServedModel, scheduler: Scheduler, metrics: Metrics, *, a
         """Continue texts."""
         body = await _body_of(request, CompletionBody, served)
         requests = await run_in_threadpool(served.completion_requests, body)
-        job = scheduler.submit(requests, body.stop_strings)
         answer = CompletionAnswer(served.name, served.tokenizer, requests, body)
-        return await _answer(request, scheduler, job, answer, streams=body.stream, includes_usage=body.includes_usage)
+        return await _answer(request, scheduler, requests, body, answer)
 
     @app.post(
         "/v1/chat/completions", openapi_extra=_takes(ChatBody), responses=ERRORS | {200: {"model": ChatCompletion}}
@@ -178,9 +178,8 @@ def create_app(served: ServedModel, scheduler: Scheduler, metrics: Metrics, *, a
         """Answer a conversation."""
         body = await _body_of(request, ChatBody, served)
         requests = await run_in_threadpool(served.chat_requests, body)
-        job = scheduler.submit(requests, body.stop_strings)
         answer = ChatAnswer(served.name, served.tokenizer, requests, body)
-        return await _answer(request, scheduler, job, answer, streams=body.stream, includes_usage=body.includes_usage)
+        return await _answer(request, scheduler, requests, body, answer)
 
     return app
 
@@ -237,22 +236,21 @@ async def _body_of(request: HttpRequest, kind: type[BodyType], served: ServedMod
 async def _answer(
     request: HttpRequest,
     scheduler: Scheduler,
-    job: Job,
+    requests: Sequence[Request],
+    body: CompletionBody | ChatBody,
     answer: CompletionAnswer | ChatAnswer,
-    *,
-    streams: bool,
-    includes_usage: bool,
 ) -> Response:
-    """Answer with the parts of a job as they come, or with all of them at once.
+    """Have requests computed, and answer with their parts as they come, or with all of them at once.
 
     An answer begins with the first part, so that what fails before it fails with its status.
     """
+    job = scheduler.submit(requests, body.stop_strings)
     watcher = asyncio.create_task(_cancel_when_gone(request, scheduler, job))
     coming = job.pieces()
     try:
         pieces = await anext(coming)
-        if streams:
-            events = _events(coming, pieces, watcher, scheduler, job, answer, includes_usage=includes_usage)
+        if body.stream:
+            events = _events(coming, pieces, watcher, scheduler, job, answer, includes_usage=body.includes_usage)
             return EventSourceResponse(events, headers=STREAM_HEADERS)
         async for more in coming:
             pieces += more

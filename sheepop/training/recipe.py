@@ -371,6 +371,7 @@ def settings_for(
     validated = int(min(MOST_VALIDATED, max(8_192, PAUSE_SHARE * 3 * tokens)))
     is_short = minutes <= SHORT_MINUTES
     rate = learning_rate_for(width, str(fixed.get("training.optimizer", "muon")))
+    given_rate = fixed.get("training.learning_rate")
     settings: Settings = {
         "data.tokenizer": tokenizer.name,
         "model.vocab_size": tokenizer.entries_asked,
@@ -389,7 +390,7 @@ def settings_for(
         "training.muon_beta2": 0.95,
         "training.muon_rounds": muon_rounds_for(width, wanted),
         "training.learning_rate": rate,
-        "training.weight_decay": weight_decay_for(rate, steps, tokens / epoch_tokens),
+        "training.weight_decay": weight_decay_for(_above_zero(given_rate, rate), steps, tokens / epoch_tokens),
         "training.schedule": "linear",
         "training.min_learning_rate_ratio": 0.0,
         "training.warmup_steps": max(1, min(100, round(0.08 * steps))),
@@ -452,6 +453,11 @@ def dropout_for(epochs: float, parameters_per_token: float) -> float:
     if epochs < 4 or parameters_per_token < 1:
         return 0.0
     return 0.1 if epochs < 10 else 0.2
+
+
+def _above_zero(value: object, otherwise: float) -> float:
+    """Return a given number above zero, or the other; checking it is left to the settings."""
+    return float(value) if isinstance(value, int | float) and value > 0 else otherwise
 
 
 def _whole(value: object, otherwise: int) -> int:

@@ -61,6 +61,12 @@ def test_weights_forget_sooner_in_short_runs_and_in_text_that_is_read_again():
     assert weight_decay_for(0.02, 10, 3) == weight_decay_for(0.02, 20, 3)  # no more than what was tried
 
 
+def test_weights_forget_as_soon_at_a_rate_that_was_given():
+    training = choice_for(10).config.training
+    given_rate = choice_for(10, training__learning_rate=training.learning_rate / 2).config.training
+    assert given_rate.weight_decay == pytest.approx(2 * training.weight_decay, rel=0.05)
+
+
 def test_small_batches_take_fewer_rounds_of_muon():
     assert choice_for(10).config.training.muon_rounds == 3
     assert muon_rounds_for(768, 2**19) == 5

@@ -18,6 +18,9 @@ from itertools import product
 from pathlib import Path
 
 from common import median, show
+from patched import PATCHES
+
+PATCH = "patch"  # in place of a setting: the name of an idea in `patched.py`
 
 BASE: dict[str, object] = {
     "model.qk_norm": True,
@@ -60,7 +63,9 @@ VARIANTS: dict[str, dict[str, object]] = {
     "rate 0.025": {"training.learning_rate": 0.025},
     "no weight decay": {"training.weight_decay": 0.0},
     "weight decay 0.3": {"training.weight_decay": 0.3},
+    **{name: {PATCH: name} for name in PATCHES},
 }
+MORE_STEPS = {"batch warm-up": 1.25}  # for as many tokens
 
 
 def train(data: Path, settings: dict[str, object], steps: int) -> dict[str, object]:
@@ -74,8 +79,11 @@ def train(data: Path, settings: dict[str, object], steps: int) -> dict[str, obje
             "training.sample_tokens": 0,
             **settings,
         }
+        patch = settings.pop(PATCH, None)
+        settings["training.max_steps"] = round(steps * MORE_STEPS.get(str(patch), 1.0))
         options = [part for key, value in settings.items() for part in (f"--{key}", json.dumps(value).strip('"'))]
-        command = [sys.executable, "-m", "sheepop", "train", "--data", str(data), "--preset", "nano", *options]
+        program = ["-m", "sheepop"] if patch is None else [str(Path(__file__).with_name("patched.py")), str(patch)]
+        command = [sys.executable, *program, "train", "--data", str(data), "--preset", "nano", *options]
         subprocess.run([*command, "--output", folder + "/run"], check=True, capture_output=True)
         lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if line["type"] == "val"][-1]

@@ -197,6 +197,9 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; never of norms and biases")
     beta1: Fraction = Field(0.9, description="decay of AdamW's first moment")
     beta2: Fraction = Field(0.95, description="decay of AdamW's second moment")
+    shared_spelling: bool = Field(
+        False, description="tokens that are spelled alike also move together in the embedding; for rare ones"
+    )
     muon_momentum: Fraction = Field(0.95, description="decay of Muon's running sum of gradients")
     muon_beta2: Fraction = Field(
         0.0, description="decay of the mean square of each row of Muon's updates, which it is divided by; 0: it is not"

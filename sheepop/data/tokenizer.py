@@ -276,6 +276,16 @@ class Tokenizer:
         return str(self._backend.id_to_token(token_id))
 
     @cached_property
+    def token_texts(self) -> list[str]:
+        """The text that each token stands for; empty for special ones and for parts of characters."""
+        table = self.token_bytes
+        if table is None:
+            special = set(self.special_ids.values())
+            names = [str(self._backend.id_to_token(token_id)) for token_id in range(self.vocab_size)]
+            return ["" if i in special else name.replace("▁", " ") for i, name in enumerate(names)]
+        return [text if REPLACEMENT not in (text := each.decode("utf-8", "replace")) else "" for each in table]
+
+    @cached_property
     def token_bytes(self) -> list[bytes] | None:
         """The bytes that each token stands for, or None for an imported tokenizer whose tokens depend on neighbours."""
         to_bytes = token_to_bytes(self._layout["decoder"])

@@ -290,17 +290,20 @@ def training_bytes(
     on_gpu: bool = False,
     activation_checkpointing: bool = False,
     optimizer: Literal["adamw", "muon"] = "adamw",
+    shared_rows: int = 0,
 ) -> TrainingBytes:
     """Return the bytes of a training step by part; see `activation_bytes` for the arguments.
 
-    AdamW keeps two moments of each weight, Muon one of each matrix inside the blocks.
+    AdamW keeps two moments of each weight, Muon one of each matrix inside the blocks, and each weight of the
+    vocabulary's size has two of each of its `shared_rows`.
     """
     weights = weight_bytes(config)
+    shared = 4 * shared_rows * config.d_model * (1 if config.tie_weights else 2)
     single_moments = inner_matrices(config) if optimizer == "muon" else 0
     return TrainingBytes(
         weights=weights,
         gradients=weights,
-        optimizer=2 * weights - 4 * single_moments,
+        optimizer=2 * weights - 4 * single_moments + 2 * shared,
         activations=activation_bytes(
             config,
             batch_size=batch_size,

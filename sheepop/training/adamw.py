@@ -1,9 +1,12 @@
 """AdamW: steps of the size of each weight's own usual gradient, with decay beside it (Loshchilov and Hutter 2019)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sheepop.training.shared_steps import SharedSteps
 
 
 class AdamW(torch.optim.Optimizer):
@@ -13,10 +16,12 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         groups: each with `params`, `lr`, `betas`, `eps` and `weight_decay`.
+        shared: steps that rows of a weight make in common, beside those of their own.
     """
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
+    def __init__(self, groups: list[dict[str, Any]], shared: Mapping[Tensor, SharedSteps] | None = None) -> None:
         super().__init__(groups, {})
+        self._shared = dict(shared or {})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -54,3 +59,6 @@ class AdamW(torch.optim.Optimizer):
                 amsgrad=False,
                 maximize=False,
             )
+            for parameter in parameters:
+                if parameter in self._shared:
+                    self._shared[parameter].step(parameter, parameter.grad, self.state[parameter], group)

@@ -6,6 +6,7 @@ iterations bring all of its singular values near one, with matrix products alone
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sheepop.training.adamw import AdamW
+from sheepop.training.shared_steps import SharedSteps
 
 # The quintic of Jordan et al.: as steep at zero as it can be, so that five rounds bring small singular values up too.
 # They end between about 0.7 and 1.2, which serves as well as exactly one.
@@ -98,6 +100,7 @@ class Muon(torch.optim.Optimizer):
         matrices: groups with `params`, `lr` and `weight_decay`; `pieces` says how many rows each piece of its matrices
             has, None for whole ones.
         others: groups for AdamW, with all that it takes.
+        shared: as of `AdamW`.
         momentum: decay of the running sum of gradients.
         dtype: of the iterations, in which rounding does not matter.
         rounds: of the iterations, 3, 4 or 5.
@@ -108,6 +111,7 @@ class Muon(torch.optim.Optimizer):
         self,
         matrices: list[dict[str, Any]],
         others: list[dict[str, Any]],
+        shared: Mapping[Tensor, SharedSteps] | None = None,
         *,
         momentum: float,
         dtype: torch.dtype = torch.float32,
@@ -117,7 +121,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": 0.0, "pieces": None})
         self.momentum, self.dtype, self.rounds, self.beta2 = momentum, dtype, rounds, beta2
         self.matrices = list(self.param_groups)
-        self.adamw = AdamW(others)
+        self.adamw = AdamW(others, shared)
         self.adamw.state = self.state
         self.param_groups += self.adamw.param_groups
 

@@ -2,16 +2,23 @@
 
 import sys
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sheepop.config import TrainingConfig
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.adamw import AdamW
 from sheepop.training.muon import Muon
+from sheepop.training.shared_steps import SharedSteps
 from sheepop.utils.devices import cpu_has_bf16
 
+Pairs = tuple[NDArray[np.int64], NDArray[np.int64]]
 
-def make_optimizer(model: TransformerModel, training: TrainingConfig) -> torch.optim.Optimizer:
+
+def make_optimizer(
+    model: TransformerModel, training: TrainingConfig, spelling: Pairs | None = None
+) -> torch.optim.Optimizer:
     """Return the optimizer that the settings ask for, over all of the model's parameters.
 
     Matrices are decayed. Norm weights and biases are not: shrinking a scale towards zero, or an offset, does not
@@ -20,6 +27,9 @@ def make_optimizer(model: TransformerModel, training: TrainingConfig) -> torch.o
 
     - `adamw` (Loshchilov and Hutter 2019), in one fused kernel a step;
     - `muon` (Jordan et al. 2024) for the matrices inside the blocks, with AdamW for embeddings, head and vectors.
+
+    Args:
+        spelling: pairs of a token and a group of tokens that move together (`shared_steps.py`); None: none do.
     """
     leave_compiler_out()
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -41,8 +51,12 @@ def make_optimizer(model: TransformerModel, training: TrainingConfig) -> torch.o
         "eps": training.adam_epsilon,
     }
     others = [group | adamw for group in others]
+    shared = {}
+    if spelling is not None:
+        steps = SharedSteps(*spelling, model.config.vocab_size, model.device)
+        shared = dict.fromkeys([model.token_embedding.weight, model.head.weight], steps)
     if not use_muon:
-        return AdamW(others)
+        return AdamW(others, shared)
     C, K, H, F = model.config.head_dim, model.config.num_kv_heads, model.config.num_heads, model.config.d_ff
     pieces = {
         "query_key_value.weight": [H * C, K * C, K * C],
@@ -64,6 +78,7 @@ def make_optimizer(model: TransformerModel, training: TrainingConfig) -> torch.o
     return Muon(
         matrices,
         others,
+        shared,
         momentum=training.muon_momentum,
         dtype=dtype,
         rounds=training.muon_rounds,

@@ -22,6 +22,7 @@ from sheepop.models.sizing import (
     training_flops_per_token,
 )
 from sheepop.training.length import total_steps_without_clock
+from sheepop.training.shared_steps import shared_rows
 from sheepop.training.speed import precision_of
 from sheepop.utils.memory import available_bytes, resident_bytes
 
@@ -262,6 +263,7 @@ def plan_memory(config: Config, device: torch.device, *, process: int, available
         on_gpu=device.type == "cuda",
         activation_checkpointing=training.activation_checkpointing,
         optimizer=training.optimizer,
+        shared_rows=shared_rows(config),
     )
     process = process if device.type == "cpu" else 0
     allocator = round(ALLOCATOR_SHARE[device.type] * tensors.transient)

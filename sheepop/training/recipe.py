@@ -22,6 +22,7 @@ from sheepop.models.sizing import (
     training_bytes,
 )
 from sheepop.training.length import LEAVING_SECONDS, steps_in_seconds
+from sheepop.training.shared_steps import shared_rows
 from sheepop.training.speed import MachineFacts, step_seconds, tokens_of_step, with_step_time
 from sheepop.utils.errors import ConfigError
 
@@ -341,6 +342,7 @@ def tensor_bytes(config: Config, machine: MachineFacts) -> int:
         context=config.data.max_length,
         on_gpu=torch.device(machine.device).type != "cpu",
         optimizer=training.optimizer,
+        shared_rows=shared_rows(config),
     ).peak
 
 
@@ -388,6 +390,7 @@ def settings_for(
         "training.token_noise": TOKEN_NOISE if dropout else 0.0,
         "training.optimizer": "muon",
         "training.muon_beta2": 0.95,
+        "training.shared_spelling": True,
         "training.muon_rounds": muon_rounds_for(width, wanted),
         "training.learning_rate": rate,
         "training.weight_decay": weight_decay_for(_above_zero(given_rate, rate), steps, tokens / epoch_tokens),

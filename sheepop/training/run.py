@@ -11,6 +11,7 @@ from sheepop.data.corpus import Corpus, open_corpus
 from sheepop.data.packing import PackingPlan, open_plan
 from sheepop.data.prepare import prepare_on_the_way
 from sheepop.data.sampler import Sampler
+from sheepop.data.spelling import spelling_groups
 from sheepop.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from sheepop.models.fp8 import LEAST_WIDTH, MULTIPLE
 from sheepop.models.pretrained import (
@@ -289,7 +290,9 @@ def set_up(config: Config, corpus: Corpus, *, device: torch.device, world: World
         tokenizer=tokenizer,
         model=model,
         forward=forward,
-        optimizer=make_optimizer(model, training),
+        optimizer=make_optimizer(
+            model, training, spelling_groups(tokenizer.token_texts) if training.shared_spelling else None
+        ),
         sampler=sampler,
         precision=precision,
         world=world,
@@ -332,6 +335,8 @@ def check_sharding(training: TrainingConfig) -> None:
         "training.async_save (true)": training.async_save and "the processes write their slices together",
         "training.optimizer (muon)": training.optimizer == "muon"
         and "each process holds slices of matrices, and Muon needs whole ones",
+        "training.shared_spelling (true)": training.shared_spelling
+        and "each process holds slices of the embedding, whose rows would move together",
     }
     for setting, reason in reasons.items():
         if reason:

@@ -63,6 +63,13 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(tokenizer: Tokenizer, text
     assert [token_id for piece in pieces for token_id in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
+def test_each_token_has_a_text_unless_it_is_special_or_a_part_of_a_character(tokenizer: Tokenizer) -> None:
+    assert len(tokenizer.token_texts) == tokenizer.vocab_size
+    for token_id, text in enumerate(tokenizer.token_texts):
+        decoded = tokenizer.decode([token_id])
+        assert text == ("" if "\ufffd" in decoded else decoded)
+
+
 def test_long_texts_are_cut() -> None:
     tokenizer = Tokenizer.train("bpe", TEXTS, vocab_size=300)
     assert max(map(len, tokenizer.cut(TEXTS[0] * 100, 50))) < 60

@@ -17,7 +17,7 @@ from sheepop.utils.errors import Interrupted, NonFiniteError
 
 FAMILIES = {
     "classic": {"preset": "classic", "model.dropout": 0.1},
-    "modern": {"preset": "modern", "model.dropout": 0.1, "model.num_kv_heads": 1},
+    "modern": {"training.shared_spelling": True, "preset": "modern", "model.dropout": 0.1, "model.num_kv_heads": 1},
     "muon": {"preset": "modern", "model.dropout": 0.1, "training.optimizer": "muon"},
 }
 TIMING = {"elapsed_seconds", "tokens_per_second", "mfu"}

@@ -52,7 +52,7 @@ def make_optimizer(
     }
     others = [group | adamw for group in others]
     shared = {}
-    if spelling is not None:
+    if spelling is not None and len(spelling[0]):
         steps = SharedSteps(*spelling, model.config.vocab_size, model.device)
         shared = dict.fromkeys([model.token_embedding.weight, model.head.weight], steps)
     if not use_muon:

@@ -30,7 +30,7 @@ class SharedSteps:
     S (V, G) is 1/√n where a token is in one of its n groups. With the gradient ∂E, that of W is Sᵀ·∂E.
 
     Args:
-        tokens, groups: pairs of a token and a group that it is in, by token.
+        tokens, groups: pairs of a token and a group that it is in, by token; one at least.
         vocab_size: V.
         device: where the weight is.
     """
@@ -38,7 +38,6 @@ class SharedSteps:
     def __init__(
         self, tokens: NDArray[np.int64], groups: NDArray[np.int64], vocab_size: int, device: torch.device
     ) -> None:
-        self.vocab_size, self.num_groups = vocab_size, int(groups.max(initial=-1)) + 1
         sizes = np.bincount(tokens, minlength=vocab_size)
         weights = (1 / np.sqrt(sizes[tokens])).astype(np.float32)
         by_group = np.argsort(groups, kind="stable")

@@ -5,30 +5,31 @@ import pytest
 import torch
 
 from sheepop.config import TrainingConfig, load_config
+from sheepop.data.spelling import spelling_groups
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.adamw import AdamW
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.shared_steps import SharedSteps
 
 GROUP = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-# Tokens 0 and 1 share group 0; 1, 2 and 4 share group 1; 3 is alone.
+# Tokens 0 and 1 share group 0; 1, 2 and 4 share group 1; 3 and 5 are alone.
 TOKENS, GROUPS = np.array([0, 1, 1, 2, 4]), np.array([0, 0, 1, 1, 1])
 
 
 def shared_steps():
-    return SharedSteps(TOKENS, GROUPS, 5, torch.device("cpu"))
+    return SharedSteps(TOKENS, GROUPS, 6, torch.device("cpu"))
 
 
 def test_a_weight_moves_like_the_sum_of_its_own_rows_and_its_groups():
     torch.manual_seed(0)
-    weight = torch.randn(5, 7, requires_grad=True)
+    weight = torch.randn(6, 7, requires_grad=True)
     optimizer = AdamW([{"params": [weight], **GROUP}], shared={weight: shared_steps()})
     own, common = weight.detach().clone().requires_grad_(), torch.zeros(2, 7, requires_grad=True)
     written_out = torch.optim.AdamW([{"params": [own], **GROUP}, {"params": [common], **GROUP, "weight_decay": 0.0}])
-    shares = torch.zeros(5, 2)
+    shares = torch.zeros(6, 2)
     for token, group in zip(TOKENS, GROUPS, strict=True):
         shares[token, group] = 1 / np.sqrt((token == TOKENS).sum())
-    wanted = torch.randn(5, 7)
+    wanted = torch.randn(6, 7)
     for _ in range(5):
         weight.grad = 2 * (weight.detach() - wanted)
         embedding = own.detach() + shares @ common.detach()
@@ -43,13 +44,19 @@ def test_a_weight_moves_like_the_sum_of_its_own_rows_and_its_groups():
 
 
 def test_a_token_that_is_not_in_the_text_learns_from_its_kin():
-    weight = torch.zeros(5, 3, requires_grad=True)
+    weight = torch.zeros(6, 3, requires_grad=True)
     optimizer = AdamW([{"params": [weight], **GROUP}], shared={weight: shared_steps()})
-    weight.grad = torch.zeros(5, 3)
+    weight.grad = torch.zeros(6, 3)
     weight.grad[2] = 1.0
     optimizer.step()
     assert (weight[[1, 4]] < 0).all()
-    assert (weight[[0, 3]] == 0).all()
+    assert (weight[[0, 3, 5]] == 0).all()
+
+
+def test_without_kin_there_is_nothing_to_share():
+    config = load_config(overrides={"model.vocab_size": 5, "model.d_model": 8, "model.num_heads": 2})
+    optimizer = make_optimizer(TransformerModel(config.model), TrainingConfig(), spelling_groups(list("abcde")))
+    assert isinstance(optimizer, AdamW)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

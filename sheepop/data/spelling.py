@@ -29,8 +29,11 @@ def spelling_groups(texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np
 
 
 def marks_of(text: str) -> Iterator[str]:
-    """Yield names of what a token may share with others: its word, how that begins and ends, its case."""
+    """Yield names of what a token may share with others: its word, how that begins and ends, its case, its place."""
     word = text.strip()
+    if not text:
+        return
+    yield "after a space" if text[0].isspace() else "not after a space"
     if word[:1].isupper():
         yield "all capitals" if len(word) > 1 and word.isupper() else "capital"
     word = word.lower()

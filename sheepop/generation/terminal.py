@@ -233,7 +233,8 @@ def chat(
     template = load_chat_template(resolve_checkpoint(checkpoint))
     log(f"The model {'answers' if template else 'continues'} what you write. An empty line ends.")
     decode = decode_for(model, compiles=compiles)
-    ends = set(tokenizer.special_ids.values())  # whatever its name, a token that is no text ends a turn
+    # Whatever its name, a token that is no text ends an answer.
+    ends = set(tokenizer.special_ids.values()) if template else set[int]()
     messages: list[Message] = []
     text = ""
     for turn, line in enumerate(_lines()):

@@ -80,7 +80,8 @@ def test_a_model_learns_as_it_does_in_bf16(tmp_path, train_in, capable, capfd):
     found, expected = losses(run), losses(other)
     assert found != expected
     assert expected[-1] < 0.8 * expected[0]
-    assert found[-1] == pytest.approx(expected[-1], rel=0.02)
+    # The last 20 steps together: single ones part by more than 2 % with some seeds and processors, those of fp32, too.
+    assert sum(found[-20:]) == pytest.approx(sum(expected[-20:]), rel=0.02)
     assert losses(run, "val")[-1] == pytest.approx(losses(other, "val")[-1], rel=0.02)
 
 

@@ -80,9 +80,9 @@ def test_a_model_learns_as_it_does_in_bf16(tmp_path, train_in, capable, capfd):
     found, expected = losses(run), losses(other)
     assert found != expected
     assert expected[-1] < 0.8 * expected[0]
-    # The last 20 steps together: single ones part by more than 2 % with some seeds and processors, those of fp32, too.
-    assert sum(found[-20:]) == pytest.approx(sum(expected[-20:]), rel=0.02)
-    assert losses(run, "val")[-1] == pytest.approx(losses(other, "val")[-1], rel=0.02)
+    # With ten seeds the mean of the last 20 steps parted by -1.1 to 1.3 %, and the validation by -0.8 to 2.6 %.
+    assert sum(found[-20:]) == pytest.approx(sum(expected[-20:]), rel=0.03)
+    assert losses(run, "val")[-1] == pytest.approx(losses(other, "val")[-1], rel=0.04)
 
 
 def test_a_plan_is_made_of_such_steps(tmp_path, corpus_folder, capable, capfd):

@@ -72,7 +72,6 @@ def train(data: Path, settings: dict[str, object], steps: int) -> dict[str, obje
     """Train once and return loss, bits per byte and milliseconds a step."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {
-            "training.max_steps": steps,
             "training.warmup_steps": max(1, steps // 16),
             "training.eval_interval": steps,
             "training.eval_max_tokens": 10**9,

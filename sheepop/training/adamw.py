@@ -31,34 +31,57 @@ class AdamW(torch.optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
                 continue
+            gradients = [parameter.grad for parameter in parameters]
+            move(parameters, gradients, [self.state[parameter] for parameter in parameters], group)
             for parameter in parameters:
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), device=parameter.device)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                groups = self._shared.get(parameter)
+                if groups is not None:
+                    gradient = groups.gradient_of(parameter.grad)  # (G, D)
+                    moves = torch.zeros_like(gradient)
+                    undecayed = group | {"weight_decay": 0.0}
+                    move([moves], [gradient], [self.state[parameter]], undecayed, prefix="shared_")
+                    parameter += groups.in_tokens(moves)
 
-            def held(name: str, parameters: list[Tensor] = parameters) -> list[Tensor]:
-                return [self.state[parameter][name] for parameter in parameters]
 
-            steps = held("step")
-            torch._foreach_add_(steps, 1)
-            beta1, beta2 = group["betas"]
-            torch._fused_adamw_(
-                parameters,
-                [parameter.grad for parameter in parameters],
-                held("exp_avg"),
-                held("exp_avg_sq"),
-                [],
-                steps,
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
-            for parameter in parameters:
-                if parameter in self._shared:
-                    self._shared[parameter].step(parameter, parameter.grad, self.state[parameter], group)
+def move(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+    *,
+    prefix: str = "",
+) -> None:
+    """Make one step of AdamW with weights that share their settings, in one fused kernel.
+
+    Args:
+        weights: changed in place.
+        gradients: of each.
+        states: of each, where the moments are kept.
+        group: `lr`, `betas`, `eps` and `weight_decay`.
+        prefix: of the names in the states.
+    """
+    for weight, state in zip(weights, states, strict=True):
+        if prefix + "step" not in state:
+            state[prefix + "step"] = torch.zeros((), device=weight.device)
+            state[prefix + "exp_avg"] = torch.zeros_like(weight)
+            state[prefix + "exp_avg_sq"] = torch.zeros_like(weight)
+    steps, averages, squares = (
+        [state[prefix + name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq")
+    )
+    torch._foreach_add_(steps, 1)
+    beta1, beta2 = group["betas"]
+    torch._fused_adamw_(
+        weights,
+        gradients,
+        averages,
+        squares,
+        [],
+        steps,
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )

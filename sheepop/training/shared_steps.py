@@ -6,8 +6,6 @@ Most entries of a vocabulary are rare, and a small text says little of each; but
 only as the sum of their steps, which goes into the embedding at once: model and checkpoint are the same as without.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -25,7 +23,7 @@ def shared_rows(config: Config) -> int:
 
 
 class SharedSteps:
-    """Moves rows (V, D) of a weight by AdamW's steps for sums of rows: E = U + S·W, of which W (G, D) begins at zero.
+    """Takes rows (V, D) of a weight for sums of rows, E = U + S·W, of which W (G, D) begins at zero.
 
     S (V, G) is 1/√n where a token is in one of its n groups. With the gradient ∂E, that of W is Sᵀ·∂E.
 
@@ -44,38 +42,13 @@ class SharedSteps:
         self._of_tokens = _Sums(groups, weights, sizes, device)
         self._of_groups = _Sums(tokens[by_group], weights[by_group], np.bincount(groups), device)
 
-    @torch.no_grad()
-    def step(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Make a step of what the groups have in common.
+    def gradient_of(self, gradient: Tensor) -> Tensor:
+        """Return the gradient (G, D) of W for that of the weight, (V, D)."""
+        return self._of_groups(gradient)
 
-        Args:
-            weight: (V, D), changed in place.
-            gradient: of the weight.
-            state: of the weight in the optimizer, where the groups' moments are kept.
-            group: the optimizer's settings for it, `lr`, `betas` and `eps`.
-        """
-        shared = self._of_groups(gradient)  # (G, D)
-        if "shared_step" not in state:
-            state["shared_step"] = torch.zeros((), device=weight.device)
-            state["shared_avg"], state["shared_avg_sq"] = torch.zeros_like(shared), torch.zeros_like(shared)
-        state["shared_step"] += 1
-        moves = torch.zeros_like(shared)
-        torch._fused_adamw_(
-            [moves],
-            [shared],
-            [state["shared_avg"]],
-            [state["shared_avg_sq"]],
-            [],
-            [state["shared_step"]],
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=0.0,
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-        )
-        weight += self._of_tokens(moves)
+    def in_tokens(self, moves: Tensor) -> Tensor:
+        """Return by how much the weight (V, D) moves where W moves by `moves`, (G, D)."""
+        return self._of_tokens(moves)
 
 
 class _Sums:

@@ -70,6 +70,16 @@ def test_each_token_has_a_text_unless_it_is_special_or_a_part_of_a_character(tok
         assert text == ("" if "\ufffd" in decoded else decoded)
 
 
+def test_texts_of_tokens_whose_decoding_depends_on_neighbours() -> None:
+    vocab = {"<|endoftext|>": 0, "▁walk": 1, "s": 2}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    backend.decoder = tokenizers.decoders.Metaspace()
+    backend.add_special_tokens(["<|endoftext|>"])
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.token_bytes is None
+    assert tokenizer.token_texts == ["", " walk", "s"]
+
+
 def test_long_texts_are_cut() -> None:
     tokenizer = Tokenizer.train("bpe", TEXTS, vocab_size=300)
     assert max(map(len, tokenizer.cut(TEXTS[0] * 100, 50))) < 60

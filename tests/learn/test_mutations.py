@@ -81,7 +81,7 @@ def swap_activation(name: str, other: Callable[[torch.Tensor], torch.Tensor], mo
 POSITIONS, BLOCKS, ATTENTION = "sheepop.models.positions", "sheepop.models.blocks", "sheepop.models.attention:attention"
 MODEL, HEADS = "sheepop.models.transformer:TransformerModel", f"{BLOCKS}:MultiHeadAttention.forward"
 SAMPLING, SCHEDULE = "sheepop.generation.sampling", "sheepop.training.schedule:learning_rate_at"
-ADAMW, MUON, SIZING = "sheepop.training.adamw:AdamW.step", "sheepop.training.muon", "sheepop.models.sizing"
+ADAMW, MUON, SIZING = "sheepop.training.adamw:move", "sheepop.training.muon", "sheepop.models.sizing"
 ADAMW_CORRECTIONS = {"adamw_momentum_correction", "adamw_second_moment_correction"}
 NEVER: set[str] = set()
 
@@ -275,7 +275,7 @@ MUTATIONS = (
         "gradients twice",
         {"adamw_momentum", "adamw_second_moment"} | ADAMW_CORRECTIONS,
         ADAMW,
-        {"[parameter.grad for parameter in parameters]": "[2 * parameter.grad for parameter in parameters]"},
+        {"gradients,\n        averages": "[2 * gradient for gradient in gradients],\n        averages"},
         traced=NEVER,
     ),
     Mutation(

@@ -140,7 +140,7 @@ def sample_clipping(random: np.random.Generator) -> tuple[dict[str, Any], torch.
     return {"g": gradient(None), r"g_{\max}": limit, "epsilon": 1e-6}, gradient(limit)
 
 
-ADAMW, KERNEL = "sheepop.training.adamw:AdamW.step", "torch._fused_adamw_("
+ADAMW, KERNEL = "sheepop.training.adamw:move", "torch._fused_adamw_("
 KINGMA = "Kingma and Ba 2015, Adam, algorithm 1"
 
 MOMENTUM_CORRECTION = Formula(

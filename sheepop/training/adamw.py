@@ -17,7 +17,13 @@ class AdamW(torch.optim.Optimizer):
     Args:
         groups: each with `params`, `lr`, `betas`, `eps` and `weight_decay`.
         shared: steps that rows of a weight make in common, beside those of their own.
+
+    Attributes:
+        found_inf: a scalar on the device; where it is 1, a step changes no weight and no moment. None: all are made.
+            The name is that by which PyTorch's `GradScaler` tells its optimizers.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, groups: list[dict[str, Any]], shared: Mapping[Tensor, SharedSteps] | None = None) -> None:
         super().__init__(groups, {})
@@ -32,14 +38,14 @@ class AdamW(torch.optim.Optimizer):
             if not parameters:
                 continue
             gradients = [parameter.grad for parameter in parameters]
-            move(parameters, gradients, [self.state[parameter] for parameter in parameters], group)
+            move(parameters, gradients, [self.state[parameter] for parameter in parameters], group, self.found_inf)
             for parameter in parameters:
                 groups = self._shared.get(parameter)
                 if groups is not None:
                     gradient = groups.gradient_of(parameter.grad)  # (G, D)
                     moves = torch.zeros_like(gradient)
                     undecayed = group | {"weight_decay": 0.0}
-                    move([moves], [gradient], [self.state[parameter]], undecayed, prefix="shared_")
+                    move([moves], [gradient], [self.state[parameter]], undecayed, self.found_inf, prefix="shared_")
                     parameter += groups.in_tokens(moves)
 
 
@@ -48,6 +54,7 @@ def move(
     gradients: list[Tensor],
     states: list[dict[str, Any]],
     group: dict[str, Any],
+    found_inf: Tensor | None = None,
     *,
     prefix: str = "",
 ) -> None:
@@ -58,6 +65,7 @@ def move(
         gradients: of each.
         states: of each, where the moments are kept.
         group: `lr`, `betas`, `eps` and `weight_decay`.
+        found_inf: as of `AdamW`.
         prefix: of the names in the states.
     """
     for weight, state in zip(weights, states, strict=True):
@@ -84,4 +92,7 @@ def move(
         eps=group["eps"],
         amsgrad=False,
         maximize=False,
+        found_inf=found_inf,
     )
+    if found_inf is not None:
+        torch._foreach_sub_(steps, [found_inf] * len(steps))

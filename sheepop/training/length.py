@@ -153,12 +153,13 @@ def is_review_due(run: Run, seconds_since: float) -> bool:
     return passed[1] > passed[0]
 
 
-def review_length(run: Run, seconds_per_step: float) -> str | None:
+def review_length(run: Run, seconds_per_step: float, *, ahead: int = 0) -> str | None:
     """Decide the number of steps again from the time that is left; what is left of the schedule is spread over them.
 
     Args:
         run: whose `state.total_steps` and `state.anchor` change, the same on all processes.
         seconds_per_step: of late, without pauses.
+        ahead: steps beyond `run.state.step` that have begun, by the schedule as it was.
 
     Returns:
         What there is to say about a change that is worth it.
@@ -166,13 +167,15 @@ def review_length(run: Run, seconds_per_step: float) -> str | None:
     state = run.state
     used = state.starting_seconds + state.elapsed_seconds
     before = state.total_steps
+    if state.step + ahead == before:  # the last step has begun, with the last of the rates
+        return None
     fitting = on_main(
-        run.world, lambda: max(1, steps_that_fit(run, seconds_used=used, seconds_per_step=seconds_per_step))
+        run.world, lambda: max(ahead + 1, steps_that_fit(run, seconds_used=used, seconds_per_step=seconds_per_step))
     )
     if state.step + fitting == before:
         return None
-    place, planned = place_in_schedule(state.step, before, state.anchor)
-    state.anchor = Anchor(planned, state.step, place)
+    place, planned = place_in_schedule(state.step + ahead, before, state.anchor)
+    state.anchor = Anchor(planned, state.step + ahead, place)
     state.total_steps = state.step + fitting
     if abs(state.total_steps - before) <= WORTH_SAYING * before:
         return None

@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -71,19 +71,19 @@ class Piece:
     squares: Tensor | None
 
 
-def balance_rows(updates: Tensor, squares: list[Tensor], beta: float, *, dim: int) -> Tensor:
+def balance_rows(updates: Tensor, squares: list[Tensor], share: float | Tensor, *, dim: int) -> Tensor:
     """Divide each row of the updates (N, R, C) by the root of its usual mean square; their norms stay (Li et al. 2025).
 
     Orthogonal updates of equal norm still move some neurons more than others, step after step.
 
     Args:
         squares: of each matrix the running mean of its rows' mean squares, which goes on here.
-        beta: its decay.
+        share: of the newest in it.
         dim: over which a row extends, -1, or -2 where the matrices are transposed.
     """
     found = updates.square().mean(dim)  # (N, R)
     for usual, square in zip(squares, found, strict=True):
-        usual.lerp_(square, 1 - beta)
+        usual.lerp_(square, share)
     scales = torch.stack(squares).clamp(min=EPSILON**2).rsqrt()  # (N, R)
     shares = found.sum(-1, keepdim=True) / (found * scales.square()).sum(-1, keepdim=True).clamp(min=EPSILON**2)
     return updates * (scales * shares.sqrt()).unsqueeze(dim)
@@ -105,7 +105,12 @@ class Muon(torch.optim.Optimizer):
         dtype: of the iterations, in which rounding does not matter.
         rounds: of the iterations, 3, 4 or 5.
         beta2: decay of the mean squares that rows are divided by (`balance_rows`); 0: they are not.
+
+    Attributes:
+        found_inf: as of `AdamW`.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -129,20 +134,25 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move all weights that have a gradient."""
         assert closure is None
+        self.adamw.found_inf = self.found_inf
         self.adamw.step()
+        momentum_kept = self._unless_refused(self.momentum, 1.0)
+        share = self._unless_refused(1 - self.beta2, 0.0)
         work: dict[tuple[int, int, bool], list[Piece]] = defaultdict(list)  # by shape, and whether transposed
         for group in self.matrices:
+            weight_kept = self._unless_refused(1 - group["lr"] * group["weight_decay"], 1.0)
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
+                gradient = self._unless_refused(parameter.grad, 0.0)
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
                 if self.beta2 and "row_squares" not in state:  # also of a run that goes on with it
                     state["row_squares"] = parameter.new_zeros(len(parameter))
-                momentum = state["momentum"].mul_(self.momentum).add_(parameter.grad)
-                ahead = parameter.grad.add(momentum, alpha=self.momentum)  # Nesterov
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                momentum = state["momentum"].mul_(momentum_kept).add_(gradient)
+                ahead = gradient.add(momentum, alpha=self.momentum)  # Nesterov
+                parameter.mul_(weight_kept)
                 pieces = group["pieces"] or [len(parameter)]
                 squares = state["row_squares"].split(pieces) if self.beta2 else [None] * len(pieces)
                 for direction, weight, usual in zip(ahead.split(pieces), parameter.split(pieces), squares, strict=True):
@@ -157,6 +167,19 @@ class Muon(torch.optim.Optimizer):
             updates = orthogonalize(directions, self.rounds).to(moved[0].weight.dtype)
             if self.beta2:
                 usual_squares = [piece.squares for piece in moved if piece.squares is not None]
-                updates = balance_rows(updates, usual_squares, self.beta2, dim=-2 if is_tall else -1)
+                updates = balance_rows(updates, usual_squares, share, dim=-2 if is_tall else -1)
+            updates = self._unless_refused(updates, 0.0)
             for update, piece in zip(updates, moved, strict=True):
                 piece.weight.add_(update, alpha=-piece.rate)
+
+    @overload
+    def _unless_refused(self, value: Tensor, otherwise: float) -> Tensor: ...
+
+    @overload
+    def _unless_refused(self, value: float, otherwise: float) -> float | Tensor: ...
+
+    def _unless_refused(self, value: float | Tensor, otherwise: float) -> float | Tensor:
+        """Return a number that a step is made with, or where the device refuses the step, one that changes nothing."""
+        if self.found_inf is None:
+            return value
+        return torch.where(self.found_inf == 0, value, otherwise)

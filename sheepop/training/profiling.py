@@ -108,6 +108,11 @@ def begin_part(part: Part) -> None:
         _active.begin(part)
 
 
+def is_profiling() -> bool:
+    """Say whether someone profiles, which waits for the device at each part."""
+    return _active is not None
+
+
 @contextmanager
 def profile_steps(run: Path, device: torch.device) -> Iterator[None]:
     """Profile some of the training steps that are made inside the block, and write what was found into `run/profile`.

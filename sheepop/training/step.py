@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from sheepop.training.distributed import full, gradient_exchange, sum_over_processes
 from sheepop.training.guard import Verdict, allows_update
+from sheepop.training.late_steps import QueuedNumbers, Refusals, StepNumbers
 from sheepop.training.profiling import begin_part
 from sheepop.training.signals import StopRequest
 from sheepop.training.state import Learner
@@ -67,6 +69,43 @@ def micro_batch_loss(learner: Learner, batch: MicroBatch) -> Tensor:
         return learner.forward(batch.token_ids, targets=batch.targets, document_ids=batch.document_ids)  # type: ignore[no-any-return]
 
 
+def result_of(learner: Learner, numbers: StepNumbers | QueuedNumbers, *, update: bool = True) -> StepResult:
+    """Wait for a step's numbers and judge them; `update` as of `train_step`."""
+    loss, stops, grad_norm, num_targets = numbers.read()
+    training, guard, loss_scale = learner.config.training, learner.state.guard, learner.state.loss_scale
+    verdict = guard.judge(loss, grad_norm, training)
+    # The loss itself was never scaled: one that is not finite is no overflow.
+    needs_scaling = learner.precision.needs_loss_scaling
+    overflowed = verdict == "bad" and math.isfinite(loss) and needs_scaling and loss_scale.can_shrink
+    is_updated = update and allows_update(verdict, training)
+    return StepResult(loss, grad_norm, num_targets, verdict, is_updated, overflowed, stops > 0)
+
+
+@overload
+def train_step(
+    learner: Learner,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    step: int,
+    learning_rate: float,
+    stop: StopRequest | None = ...,
+    update: bool = ...,
+    refusals: None = ...,
+) -> StepResult | None: ...
+
+
+@overload
+def train_step(
+    learner: Learner,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    step: int,
+    learning_rate: float,
+    stop: StopRequest | None = ...,
+    refusals: Refusals,
+) -> QueuedNumbers | None: ...
+
+
 def train_step(
     learner: Learner,
     micro_batches: Sequence[MicroBatch],
@@ -75,7 +114,8 @@ def train_step(
     learning_rate: float,
     stop: StopRequest | None = None,
     update: bool = True,
-) -> StepResult | None:
+    refusals: Refusals | None = None,
+) -> StepResult | QueuedNumbers | None:
     """Forward and backward over this process's micro-batches, then one update that all processes share.
 
     A loss or gradient that is not finite changes no weight and no moment, on any process.
@@ -87,19 +127,21 @@ def train_step(
         learning_rate: of this step.
         stop: where a single process learns that it should leave the step in the middle.
         update: whether to make the update; False to find out how long the rest takes.
+        refusals: decides on the device whether the update is made; None: Python does, which waits for the device.
 
     Returns:
-        None if the step was left in the middle, which changes nothing.
+        What became of the step, or with `refusals` what will tell it (`result_of`); None if it was left in the middle,
+        which changes nothing.
     """
     begin_part("other")
     model, optimizer, world, precision = learner.model, learner.optimizer, learner.world, learner.precision
-    training, guard, loss_scale = learner.config.training, learner.state.guard, learner.state.loss_scale
-    device = model.device
-    scale = loss_scale.value if precision.needs_loss_scaling else 1.0
+    max_grad_norm, device = learner.config.training.max_grad_norm, model.device
+    scale = learner.state.loss_scale.value if precision.needs_loss_scaling else 1.0
     factor = scale * (world.size if learner.parallel == "ddp" else 1)  # which takes the mean over the processes
-    num_targets = sum(batch.num_targets for batch in micro_batches)
-    if world.size > 1:  # alone, nothing has to be read back from the device
-        num_targets = int(sum_over_processes(torch.tensor(num_targets, device=device), world))
+    own_targets = sum(batch.num_targets for batch in micro_batches)
+    num_targets: int | Tensor = own_targets
+    if world.size > 1:  # alone, nothing has to come back from the device
+        num_targets = sum_over_processes(torch.full((), own_targets, device=device), world)
     loss_sum = torch.zeros((), device=device)
     for number, batch in enumerate(micro_batches, start=1):
         begin_part("forward")
@@ -126,22 +168,26 @@ def train_step(
     # One message for both, and one wait for the device for all three.
     stop_flag = torch.full_like(loss_sum, float(stop is not None and stop.is_made))
     sums = sum_over_processes(torch.stack((loss_sum, stop_flag)), world)
-    loss_value, stops, grad_norm = torch.cat((sums, full(total_norm)[None].to(sums))).tolist()
+    norm = full(total_norm).to(sums)
+    numbers = StepNumbers(torch.cat((sums, norm[None])), num_targets)
 
     begin_part("clip")
-    verdict = guard.judge(loss_value, grad_norm, training)
-    # The loss itself was never scaled: one that is not finite is no overflow.
-    overflowed = (
-        verdict == "bad" and math.isfinite(loss_value) and precision.needs_loss_scaling and loss_scale.can_shrink
-    )
-    is_updated = update and allows_update(verdict, training)
+    result: StepResult | QueuedNumbers
+    if refusals is None:
+        result = result_of(learner, numbers, update=update)
+        is_updated = result.is_updated
+        is_long = max_grad_norm is not None and result.grad_norm > max_grad_norm
+    else:  # the same, as far as Python knows
+        result = QueuedNumbers(numbers)
+        is_updated, is_long = True, True
+        optimizer.found_inf = refusals.judge(sums[0], norm)  # type: ignore[attr-defined]
     if is_updated:
-        if training.max_grad_norm is not None and grad_norm > training.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), training.max_grad_norm, total_norm)
+        if max_grad_norm is not None and is_long:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, total_norm)
         begin_part("optimizer")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
         optimizer.step()
     begin_part("other")
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_value, grad_norm, num_targets, verdict, is_updated, overflowed, stops > 0)
+    return result

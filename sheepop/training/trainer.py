@@ -3,20 +3,23 @@
 import math
 import signal
 import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from sheepop.data.prefetch import prefetch
 from sheepop.models.sizing import training_flops_per_token
 from sheepop.training.batches import batch_loader
 from sheepop.training.distributed import agree_on_any
+from sheepop.training.late_steps import QueuedNumbers, Refusals
 from sheepop.training.length import PAUSES, decide_length, is_review_due, review_length
 from sheepop.training.metrics import RunLog
-from sheepop.training.profiling import begin_part
+from sheepop.training.profiling import begin_part, is_profiling
 from sheepop.training.saver import Saver
 from sheepop.training.schedule import learning_rate_at, place_in_schedule
 from sheepop.training.signals import StopRequest, stop_signals
 from sheepop.training.state import Run
-from sheepop.training.step import StepResult, train_step
+from sheepop.training.step import MicroBatch, StepResult, result_of, train_step
 from sheepop.training.validation import log_validation, sample_text, validate
 from sheepop.utils.devices import peak_flops
 from sheepop.utils.errors import CheckpointError, Interrupted, NonFiniteError
@@ -64,9 +67,7 @@ def train(run: Run) -> None:
         batches = prefetch(batch_loader(run), state.step, last_step, config.data.num_workers)
         step_started = time.perf_counter()
         begin_part("load")
-        for step, micro_batches in enumerate(batches, start=state.step):
-            learning_rate = learning_rate_at(step, state.total_steps, training, state.anchor)
-            result = train_step(run, micro_batches, step=step, learning_rate=learning_rate, stop=stop)
+        for step, learning_rate, result, ahead in steps_of(run, batches, stop):
             begin_part("between steps")
             if result is None:
                 leave(run, saver, stop)
@@ -84,7 +85,7 @@ def train(run: Run) -> None:
             state.elapsed_seconds = elapsed_before + time.perf_counter() - started
             reviewed_steps, reviewed_seconds = reviewed_steps + 1, reviewed_seconds + step_seconds
             if is_review_due(run, reviewed_seconds):
-                change = review_length(run, reviewed_seconds / reviewed_steps)
+                change = review_length(run, reviewed_seconds / reviewed_steps, ahead=ahead)
                 reviewed_steps, reviewed_seconds = 0, 0.0
                 if change is not None:
                     run_log.event(kind="length", step=done, total_steps=state.total_steps)
@@ -130,6 +131,46 @@ def train(run: Run) -> None:
         run_log.say(f"trained {state.step} steps, {state.tokens} tokens in {format_duration(state.elapsed_seconds)}")
 
 
+def steps_of(
+    run: Run, batches: Iterable[list[MicroBatch]], stop: StopRequest
+) -> Iterator[tuple[int, float, StepResult | None, int]]:
+    """Make steps; yield for each its number, learning rate and result, and how many have begun after it, in order.
+
+    On a GPU the next step is queued before the numbers of one are waited for, unless the run pauses in between. So the
+    device always has something to do, and what is yielded is a step old (`late_steps.py`).
+    """
+    state, training = run.state, run.config.training
+    refusals = Refusals(state.guard, training, run.model.device) if reads_late(run) else None
+    waiting: tuple[int, float, QueuedNumbers] | None = None  # made, but not yet yielded
+    for step, micro_batches in enumerate(batches, start=state.step):
+        rate = learning_rate_at(step, state.total_steps, training, state.anchor)
+        if refusals is None:
+            yield step, rate, train_step(run, micro_batches, step=step, learning_rate=rate, stop=stop), 0
+            continue
+        queued = train_step(run, micro_batches, step=step, learning_rate=rate, stop=stop, refusals=refusals)
+        is_stopping = False
+        if waiting is not None:
+            earlier, its_rate, numbers = waiting
+            result = result_of(run, numbers)
+            is_stopping = result.stop_asked
+            # The run can leave after the step that is under way, not after this one.
+            yield earlier, its_rate, replace(result, stop_asked=False), 0 if queued is None else 1
+        waiting = None
+        if queued is None:
+            yield step, rate, None, 0
+        elif is_stopping or pause_after(run, step + 1).is_due:
+            yield step, rate, result_of(run, queued), 0
+        else:
+            waiting = step, rate, queued
+
+
+def reads_late(run: Run) -> bool:
+    """Say whether the loop may be a step behind: on a GPU, where nothing but finite numbers decides about a step."""
+    needs_history = run.config.training.on_loss_spike == "skip"
+    on_gpu = run.model.device.type == "cuda"
+    return on_gpu and not (run.precision.needs_loss_scaling or needs_history or is_profiling())
+
+
 class StopAsked(Exception):  # noqa: N818 - nothing is wrong
     """A signal came while the run was validating."""
 
@@ -144,10 +185,7 @@ def finish_step(run: Run, run_log: RunLog, saver: Saver, stop: StopRequest) -> b
         Interrupted: a signal came while it validated; the resumed run does it again.
     """
     state, training = run.state, run.config.training
-    is_last = state.step == state.total_steps
-    is_pause = is_due(run, training.eval_interval)
-    is_sample = is_due(run, training.sample_interval or training.eval_interval)
-    ends_epoch = state.step % run.sampler.steps_per_epoch == 0 and are_epochs_pauses(run)
+    pause = pause_after(run, state.step)
 
     def check_signals() -> None:
         # A signal may reach one process before another; all must leave at the same place.
@@ -155,8 +193,7 @@ def finish_step(run: Run, run_log: RunLog, saver: Saver, stop: StopRequest) -> b
             raise StopAsked
 
     is_best = False
-    validates = is_pause or ends_epoch or is_last
-    if validates:
+    if pause.validates:
         validation_started = time.perf_counter()
         try:
             scores = validate(run, check_signals)
@@ -167,25 +204,52 @@ def finish_step(run: Run, run_log: RunLog, saver: Saver, stop: StopRequest) -> b
         if is_best:
             state.best_loss, state.best_step = scores.loss, state.step
         log_validation(run, run_log, scores)
-    if training.sample_tokens and (is_sample or is_last):
+    if pause.samples:
         try:
             run_log.sample(step=state.step, prompt=training.sample_prompt, text=sample_text(run))
         except CheckpointError:  # scores of the next token that are not finite; the next step's loss will say so
             run_log.say(f"warning: at step {state.step} the model's scores are not finite, so there is no sample")
     state.is_unfinished = False
-    is_saved = training.save_interval is not None and state.step % training.save_interval == 0
-    if ends_epoch or is_saved or is_best or is_last:
+    if pause.saves or is_best:
         saver.save(is_best=is_best)
-    return validates
+    return pause.validates
 
 
-def is_due(run: Run, interval: int | None) -> bool:
-    """Say whether `state.step` is a multiple of the interval; None: a tenth of the schedule, whatever its length."""
+@dataclass(frozen=True)
+class Pause:
+    """What there is to do between two steps."""
+
+    validates: bool
+    samples: bool
+    saves: bool
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is anything."""
+        return self.validates or self.samples or self.saves
+
+
+def pause_after(run: Run, step: int) -> Pause:
+    """Return what there is to do after so many steps; that a model is the best so far is another reason to save it."""
+    training = run.config.training
+    is_last = step == run.state.total_steps
+    is_sample = is_due(run, step, training.sample_interval or training.eval_interval)
+    is_saved = training.save_interval is not None and step % training.save_interval == 0
+    ends_epoch = step % run.sampler.steps_per_epoch == 0 and are_epochs_pauses(run)
+    return Pause(
+        validates=is_due(run, step, training.eval_interval) or ends_epoch or is_last,
+        samples=training.sample_tokens > 0 and (is_sample or is_last),
+        saves=ends_epoch or is_saved or is_last,
+    )
+
+
+def is_due(run: Run, step: int, interval: int | None) -> bool:
+    """Say whether a step is a multiple of the interval; None: of a tenth of the schedule, whatever its length."""
     state = run.state
     if interval is not None:
-        return state.step % interval == 0
-    before, _ = place_in_schedule(state.step - 1, state.total_steps, state.anchor)
-    place, planned = place_in_schedule(state.step, state.total_steps, state.anchor)
+        return step % interval == 0
+    before, _ = place_in_schedule(step - 1, state.total_steps, state.anchor)
+    place, planned = place_in_schedule(step, state.total_steps, state.anchor)
     tenth = max(1, math.ceil(planned / PAUSES))
     return place // tenth > before // tenth
 

@@ -310,7 +310,7 @@ MUTATIONS = (
         "momentum without looking ahead",
         {"muon_update"},
         f"{MUON}:Muon.step",
-        {"ahead = parameter.grad.add(momentum, alpha=self.momentum)": "ahead = momentum"},
+        {"ahead = gradient.add(momentum, alpha=self.momentum)": "ahead = momentum"},
         traced=NEVER,
     ),
     Mutation(

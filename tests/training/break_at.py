@@ -3,8 +3,9 @@
     python break_at.py WHAT FUNCTION NTH ARGUMENTS…
 
 FUNCTION is named by its module; WHAT happens at its NTH call: `kill-before`, `kill-after` and `kill-middle` (half of
-what it wrote stays) end the process by SIGKILL; `nan` and `inf` spoil the number that it returns, `hang` lets
-it wait for a minute. Of several processes, it happens in the last one.
+what it wrote stays) end the process by SIGKILL, `term` asks it to end; `nan` and `inf` spoil the number that it
+returns, `hang` lets it wait for a minute. Of several processes, it happens in the last one. With READS_LATE=1 in the
+environment the loop is a step behind, as on a GPU.
 """
 
 import os
@@ -17,9 +18,12 @@ from pathlib import Path
 
 def main() -> None:
     what, function, nth, *arguments = sys.argv[1:]
-    import sheepop.training.run  # noqa: F401 - whose functions are patched
+    import sheepop.training.run
+    import sheepop.training.trainer  # whose functions are patched, too
     from sheepop.cli import main as program
 
+    if os.environ.get("READS_LATE"):
+        sheepop.training.trainer.reads_late = lambda run: True
     owner_name, _, name = function.rpartition(".")
     owner = pkgutil.resolve_name(owner_name)
     original = getattr(owner, name)
@@ -31,6 +35,8 @@ def main() -> None:
         is_moment = calls == int(nth)
         if is_moment and what == "kill-before":
             os.kill(os.getpid(), signal.SIGKILL)
+        if is_moment and what == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
         if is_moment and what == "hang":
             print("hanging", file=sys.stderr, flush=True)
             deadline = time.monotonic() + 60

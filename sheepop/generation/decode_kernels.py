@@ -16,7 +16,6 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from sheepop.generation.vector_dots import (
-    GROUP,
     dot_fp32,
     dot_fp32_4,
     dot_int4,
@@ -43,20 +42,15 @@ def matmul_fp32(inputs: Floats, weight: Floats, bias: Floats, outputs: Floats, a
 
     With `adds` the result is added to what is there.
     """
-    rows, width = inputs.shape
-    whole = width - width % GROUP
+    rows = len(inputs)
     for o in prange(len(weight)):
         offset = bias[o] if len(bias) else NOTHING
         for n in range(0, rows - AT_ONCE + 1, AT_ONCE):
             a, b, c, d = inputs[n], inputs[n + 1], inputs[n + 2], inputs[n + 3]
             for m, total in enumerate(dot_fp32_4(a, b, c, d, weight[o])):
-                for i in range(whole, width):
-                    total += inputs[n + m, i] * weight[o, i]
                 outputs[n + m, o] = total + offset + (outputs[n + m, o] if adds else NOTHING)
         for n in range(rows - rows % AT_ONCE, rows):
             total = dot_fp32(inputs[n], weight[o])
-            for i in range(whole, width):
-                total += inputs[n, i] * weight[o, i]
             outputs[n, o] = total + offset + (outputs[n, o] if adds else NOTHING)
 
 
@@ -65,20 +59,15 @@ def matmul_int8(
     inputs: Floats, values: NDArray[np.int8], scale: Floats, bias: Floats, outputs: Floats, adds: bool
 ) -> None:
     """Do what `matmul_fp32` does for the weight values (O, I), int8, times scale (O,)."""
-    rows, width = inputs.shape
-    whole = width - width % GROUP
+    rows = len(inputs)
     for o in prange(len(values)):
         offset = bias[o] if len(bias) else NOTHING
         for n in range(0, rows - AT_ONCE + 1, AT_ONCE):
             a, b, c, d = inputs[n], inputs[n + 1], inputs[n + 2], inputs[n + 3]
             for m, total in enumerate(dot_int8_4(a, b, c, d, values[o])):
-                for i in range(whole, width):
-                    total += inputs[n + m, i] * np.float32(values[o, i])
                 outputs[n + m, o] = total * scale[o] + offset + (outputs[n + m, o] if adds else NOTHING)
         for n in range(rows - rows % AT_ONCE, rows):
             total = dot_int8(inputs[n], values[o])
-            for i in range(whole, width):
-                total += inputs[n, i] * np.float32(values[o, i])
             outputs[n, o] = total * scale[o] + offset + (outputs[n, o] if adds else NOTHING)
 
 

@@ -21,7 +21,7 @@ from sheepop.generation import batch_kernels, integer_kernels
 from sheepop.generation import decode_kernels as kernels
 from sheepop.generation.vector_dots import GROUP
 from sheepop.generation.vector_integers import HAS_INTEGERS, MOST_INPUTS
-from sheepop.generation.vector_tiles import TILE
+from sheepop.generation.vector_tiles import PANEL
 from sheepop.models.blocks import TransformerBlock
 from sheepop.models.kv_cache import KVCache
 from sheepop.models.quantized_layers import QuantizedEmbedding, QuantizedLinear
@@ -172,7 +172,7 @@ def product_of(layer: nn.Module) -> Product:
         few, many = kernels.matmul_int4, batch_kernels.matmul_int4
 
     def multiply(inputs: Floats, outputs: Floats, adds: bool) -> None:
-        tiles = len(inputs) > FEW_ROWS and outputs.shape[1] >= TILE
+        tiles = len(inputs) > FEW_ROWS and outputs.shape[1] >= PANEL
         (many if tiles else few)(inputs, *weights, bias, outputs, adds)
 
     return multiply

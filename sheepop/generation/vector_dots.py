@@ -9,12 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 GROUP, HALF = 64, 32  # weights that are taken at a time, and their bytes in 4 bits (`models/quantized_layers.py`)
 LINE, AHEAD = 64, 2048  # bytes of a cache line, and how far ahead of the arithmetic a row of weights is read
+HAS_AVX512 = bool(get_host_cpu_features().get("avx512f"))
+FETCHES_FP32 = HAS_AVX512  # without, plain fp32 goes by so fast that fetching is a fifth of the time (`docs/log.md`)
+LANES_OF_SEVERAL = GROUP if HAS_AVX512 else 16  # of the sums of each of several rows, which the registers hold
 FAST = ("contract", "reassoc", "nsz")  # fused, and added in any order
 
 FLOAT, BYTE, INT, LONG = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -59,10 +63,19 @@ def sum_of_lanes(builder: Any, vector: Any) -> Any:
     return builder.extract_element(vector, INT(0))
 
 
+def split(builder: Any, vector: Any, lanes: int) -> list[Any]:
+    """Return the parts of a vector that have so many lanes each."""
+    if vector.type.count <= lanes:
+        return [vector]
+    places = [list(range(start, start + lanes)) for start in range(0, vector.type.count, lanes)]
+    return [builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(INT, lanes), part)) for part in places]
+
+
 def unpack_fp32(builder: Any, group: Any, ahead: Any, values: Any) -> list[Any]:
     """Return the 64 weights of a group as vectors of fp32, which they are."""
     start = builder.mul(group, LONG(GROUP))
-    fetch(builder, values, start, GROUP, ahead)
+    if FETCHES_FP32:
+        fetch(builder, values, start, GROUP, ahead)
     return [load(builder, values, start, GROUP)]
 
 
@@ -102,7 +115,8 @@ def load_bf16(builder: Any, pointer: Any, index: Any) -> Any:
 def code_of(unpack: Callable[..., list[Any]], rows: int) -> Callable[..., Any]:
     """Return the code generator of the products of `rows` rows of inputs (I,) with one row of weights.
 
-    `unpack` makes fp32 of the weights' arrays, which come after those of the inputs; I is a multiple of 64.
+    `unpack` makes fp32 of the weights' arrays, which come after those of the inputs. What is behind the last multiple
+    of 64 of I is added for weights that need no unpacking but a change of type.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -111,21 +125,44 @@ def code_of(unpack: Callable[..., list[Any]], rows: int) -> Callable[..., Any]:
             context.make_array(kind)(context, builder, value) for kind, value in zip(kinds, arguments, strict=True)
         ]
         inputs, weights = arrays[:rows], [array.data for array in arrays[rows:]]
-        groups = builder.udiv(cgutils.unpack_tuple(builder, inputs[0].shape)[0], LONG(GROUP))
+        width = cgutils.unpack_tuple(builder, inputs[0].shape)[0]
+        groups = builder.udiv(width, LONG(GROUP))
         lanes = HALF if len(weights) > 1 else GROUP
+        if rows > 1:
+            lanes = min(lanes, LANES_OF_SEVERAL)
         zero = ir.Constant(ir.VectorType(FLOAT, lanes), [0.0] * lanes)
         totals = [cgutils.alloca_once_value(builder, zero) for _ in range(rows)]
         with cgutils.for_range(builder, groups, intp=LONG) as loop:
-            start = builder.mul(loop.index, LONG(GROUP))
-            for part, numbers in enumerate(unpack(builder, loop.index, LONG(AHEAD), *weights)):
-                at = builder.add(start, LONG(part * lanes))
-                for row, total in zip(inputs, totals, strict=True):
-                    product = multiply_add(builder, numbers, load(builder, row.data, at, lanes), builder.load(total))
-                    builder.store(product, total)
-        sums = [sum_of_lanes(builder, builder.load(total)) for total in totals]
-        return sums[0] if rows == 1 else context.make_tuple(builder, signature.return_type, sums)
+            at = builder.mul(loop.index, LONG(GROUP))
+            for unpacked in unpack(builder, loop.index, LONG(AHEAD), *weights):
+                for numbers in split(builder, unpacked, lanes):
+                    for row, total in zip(inputs, totals, strict=True):
+                        seen = load(builder, row.data, at, lanes)
+                        builder.store(multiply_add(builder, numbers, seen, builder.load(total)), total)
+                    at = builder.add(at, LONG(lanes))
+        sums = [cgutils.alloca_once_value(builder, sum_of_lanes(builder, builder.load(total))) for total in totals]
+        if len(weights) == 1:
+            add_rest(builder, builder.mul(groups, LONG(GROUP)), width, inputs, weights[0], sums)
+        results = [builder.load(total) for total in sums]
+        return results[0] if rows == 1 else context.make_tuple(builder, signature.return_type, results)
 
     return generate
+
+
+def add_rest(builder: Any, start: Any, end: Any, inputs: list[Any], weights: Any, sums: list[Any]) -> None:
+    """Add to the sums the products from `start` to `end`, one by one: as vectors, they would take time where none are.
+
+    The code for vectors stands between a row's last sum and the next row's first weights, which the processor would
+    begin to read meanwhile.
+    """
+    with cgutils.for_range_slice(builder, start, end, LONG(1), intp=LONG) as (place, _):
+        builder.asm(ir.FunctionType(ir.VoidType(), []), "", "", [], side_effect=True)  # which makes no vectors of it
+        weight = builder.load(builder.gep(weights, [place]))
+        if weight.type != FLOAT:
+            weight = builder.sitofp(weight, FLOAT)
+        for row, total in zip(inputs, sums, strict=True):
+            seen = builder.load(builder.gep(row.data, [place]))
+            builder.store(multiply_add(builder, weight, seen, builder.load(total)), total)
 
 
 @intrinsic

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -18,6 +17,7 @@ from sheepop.generation.vector_dots import (
     FAST,
     FLOAT,
     GROUP,
+    HAS_AVX512,
     INT,
     LONG,
     fetch,
@@ -29,7 +29,10 @@ from sheepop.generation.vector_dots import (
     unpack_int8,
 )
 
-TILE = 16 if get_host_cpu_features().get("avx512f") else 8  # rows of a tile, which have to fit into the registers
+# What the registers hold: vectors of so many numbers, as many of them at once as the sums of a tile are.
+TILE = 16 if HAS_AVX512 else 8
+PANEL = 16  # inputs, and rows of weights, whose products are made together
+ROWS_AT_ONCE = 16 if HAS_AVX512 else 4  # of a panel, whose sums the registers hold
 
 
 def transpose(builder: Any, rows: list[Any]) -> list[Any]:
@@ -53,15 +56,15 @@ def store(builder: Any, vector: Any, pointer: Any, index: Any) -> None:
 
 @intrinsic
 def fill_panel(typing: Any, inputs: Any, first: Any, start: Any, panel: Any) -> Any:  # noqa: ARG001 - numba's signature
-    """Set panel (I, TILE), from row `start` on, to TILE columns of inputs (N, I), turned, of rows from `first` on."""
+    """Set panel (I, PANEL), from row `start` on, to PANEL columns of inputs (N, I), turned, of rows from `first` on."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         inputs, panel = (context.make_array(signature.args[at])(context, builder, arguments[at]) for at in (0, 3))
         _, first, start, _ = arguments
-        rows = [row_of(builder, inputs, builder.add(first, LONG(row))) for row in range(TILE)]
-        columns = transpose(builder, [load(builder, row, start, TILE) for row in rows])
+        rows = [row_of(builder, inputs, builder.add(first, LONG(row))) for row in range(PANEL)]
+        columns = transpose(builder, [load(builder, row, start, PANEL) for row in rows])
         for column, vector in enumerate(columns):
-            store(builder, vector, panel.data, builder.mul(builder.add(start, LONG(column)), LONG(TILE)))
+            store(builder, vector, panel.data, builder.mul(builder.add(start, LONG(column)), LONG(PANEL)))
         return context.get_dummy_value()
 
     return types.void(inputs, types.int64, types.int64, panel), generate
@@ -91,7 +94,7 @@ def row_of(builder: Any, array: Any, row: Any) -> Any:
 
 
 def code_of(unpack: Callable[..., list[Any]]) -> Callable[..., Any]:
-    """Return the code generator of a tile: sums (TILE inputs, TILE rows) from panel (I, TILE) and the weights' arrays.
+    """Return the code generator of a tile: sums (PANEL inputs, PANEL rows) of panel (I, PANEL) and the weights' arrays.
 
     `unpack` makes fp32 of a row of weights, 64 at a time; I is a multiple of 64. Weights become fp32 in a block that
     the first cache holds, from which the processor multiplies them.
@@ -103,12 +106,12 @@ def code_of(unpack: Callable[..., list[Any]]) -> Callable[..., Any]:
             for kind, value in zip(signature.args, arguments, strict=True)
         )
         groups = builder.udiv(cgutils.unpack_tuple(builder, panel.shape)[0], LONG(GROUP))
-        begins = [[row_of(builder, array, builder.add(first, LONG(row))) for array in weights] for row in range(TILE)]
-        ahead = builder.ptrtoint(row_of(builder, weights[0], LONG(TILE)), LONG)  # the next tile's weights
+        begins = [[row_of(builder, array, builder.add(first, LONG(row))) for array in weights] for row in range(PANEL)]
+        ahead = builder.ptrtoint(row_of(builder, weights[0], LONG(PANEL)), LONG)  # the next tile's weights
         ahead = builder.sub(ahead, builder.ptrtoint(weights[0].data, LONG))
-        zero = ir.Constant(ir.VectorType(FLOAT, TILE), [0.0] * TILE)
-        totals = [cgutils.alloca_once_value(builder, zero) for _ in range(TILE)]
-        block = builder.bitcast(cgutils.alloca_once(builder, ir.ArrayType(FLOAT, TILE * GROUP)), FLOAT.as_pointer())
+        zero = ir.Constant(ir.VectorType(FLOAT, PANEL), [0.0] * PANEL)
+        totals = [cgutils.alloca_once_value(builder, zero) for _ in range(PANEL)]
+        block = builder.bitcast(cgutils.alloca_once(builder, ir.ArrayType(FLOAT, PANEL * GROUP)), FLOAT.as_pointer())
         with cgutils.for_range(builder, groups, intp=LONG) as loop:
             for row, begin in enumerate(begins):
                 at = row * GROUP
@@ -116,14 +119,18 @@ def code_of(unpack: Callable[..., list[Any]]) -> Callable[..., Any]:
                     store(builder, numbers, block, LONG(at))
                     at += numbers.type.count
             start = builder.mul(loop.index, LONG(GROUP))
-            with cgutils.for_range(builder, LONG(GROUP), intp=LONG) as inner:
-                inputs = load(builder, panel.data, builder.mul(builder.add(start, inner.index), LONG(TILE)), TILE)
-                for row, total in enumerate(totals):
-                    weight = builder.load(builder.gep(block, [builder.add(LONG(row * GROUP), inner.index)]))
-                    product = multiply_add(builder, splat(builder, weight, TILE), inputs, builder.load(total))
-                    builder.store(product, total)
+            for part in range(0, PANEL, ROWS_AT_ONCE):
+                with cgutils.for_range(builder, LONG(GROUP), intp=LONG) as inner:
+                    place = builder.mul(builder.add(start, inner.index), LONG(PANEL))
+                    inputs = load(builder, panel.data, place, PANEL)
+                    for row in range(part, part + ROWS_AT_ONCE):
+                        weight = builder.load(builder.gep(block, [builder.add(LONG(row * GROUP), inner.index)]))
+                        product = multiply_add(
+                            builder, splat(builder, weight, PANEL), inputs, builder.load(totals[row])
+                        )
+                        builder.store(product, totals[row])
         for row, vector in enumerate(transpose(builder, [builder.load(total) for total in totals])):
-            store(builder, vector, sums.data, LONG(row * TILE))
+            store(builder, vector, sums.data, LONG(row * PANEL))
         return context.get_dummy_value()
 
     return generate
@@ -131,7 +138,7 @@ def code_of(unpack: Callable[..., list[Any]]) -> Callable[..., Any]:
 
 @intrinsic
 def tile_fp32(typing: Any, panel: Any, first: Any, sums: Any, values: Any) -> Any:  # noqa: ARG001
-    """Set sums (TILE, TILE) to products of the inputs in panel (I, TILE) and rows of values (O, I) from `first` on."""
+    """Set sums (PANEL, PANEL) to products of inputs in panel (I, PANEL) and rows of values (O, I) from `first` on."""
     return types.void(panel, types.int64, sums, values), code_of(unpack_fp32)
 
 

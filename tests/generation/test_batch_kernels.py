@@ -13,9 +13,9 @@ pytest.importorskip("numba")
 from numba import njit
 
 from sheepop.generation import batch_kernels, decode_kernels
-from sheepop.generation.batch_kernels import TILE
 from sheepop.generation.decode_kernels import ACTIVATION, activate, attend
 from sheepop.generation.fast_decoding import KernelLinear, numba_threads
+from sheepop.generation.vector_tiles import PANEL, TILE
 from sheepop.models.vector_exp import exp_fp32
 
 NONE = np.empty(0, dtype=np.float32)
@@ -29,14 +29,14 @@ def _threads() -> Iterator[None]:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    rows=st.integers(1, 3 * TILE),
+    rows=st.integers(1, 3 * PANEL),
     width=st.sampled_from([3, 64, 70, 192]),
-    outputs=st.integers(TILE, 3 * TILE),
+    outputs=st.integers(PANEL, 3 * PANEL),
     has_bias=st.booleans(),
     adds=st.booleans(),
     is_int8=st.booleans(),
 )
-def test_tiles_give_the_products_of_one_row_at_a_time(
+def test_tiles_and_few_rows_give_the_products_of_one_row_at_a_time(
     rows: int, width: int, outputs: int, has_bias: bool, adds: bool, is_int8: bool
 ) -> None:
     draws = np.random.default_rng(rows)
@@ -47,15 +47,19 @@ def test_tiles_give_the_products_of_one_row_at_a_time(
     else:
         weights = (draws.standard_normal((outputs, width), dtype=np.float32),)
     name = "matmul_int8" if is_int8 else "matmul_fp32"
-    found, wanted = (np.full((rows, outputs), 7, dtype=np.float32) for _ in range(2))
-    getattr(batch_kernels, name)(inputs, *weights, bias, found, adds)
+    tiles, few, wanted = (np.full((rows, outputs), 7, dtype=np.float32) for _ in range(3))
+    getattr(batch_kernels, name)(inputs, *weights, bias, tiles, adds)
+    getattr(decode_kernels, name)(inputs, *weights, bias, few, adds)
     for row in range(rows):
         getattr(decode_kernels, name)(inputs[row : row + 1], *weights, bias, wanted[row : row + 1], adds)
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+    scaled = weights[0].astype(np.float64) * (weights[1][:, None] if is_int8 else 1)
+    exact = inputs @ scaled.T + (bias if has_bias else 0) + (7 if adds else 0)
+    for found in (tiles, few, wanted):
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("shape", [(1, 3, 128), (2, TILE, 128), (5, 7, 128)])
+@pytest.mark.parametrize("shape", [(1, 3, 128), (2, PANEL, 128), (5, 7, 128)])
 def test_a_layer_by_the_kernels_computes_what_the_layer_computes(
     quantization, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,9 +13,9 @@ from sheepop.models.transformer import TransformerModel
 
 pytest.importorskip("numba")
 from sheepop.generation import integer_kernels
-from sheepop.generation.batch_kernels import TILE
 from sheepop.generation.fast_decoding import FastDecoder, KernelLinear, numba_threads
 from sheepop.generation.vector_integers import HAS_INTEGERS, LEVELS, MOST_INPUTS
+from sheepop.generation.vector_tiles import TILE
 
 needs_integers = pytest.mark.skipif(not HAS_INTEGERS, reason="the processor has no products of bytes")
 NONE = np.empty(0, dtype=np.float32)

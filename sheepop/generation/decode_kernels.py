@@ -16,6 +16,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from sheepop.generation.vector_dots import (
+    HALF,
     dot_fp32,
     dot_fp32_4,
     dot_int4,
@@ -85,16 +86,28 @@ def matmul_int4(
 
     Byte j of the first two groups holds weights j and j + 32.
     """
-    rows = len(inputs)
+    rows, summed = len(inputs), with_sums(inputs)
     for o in prange(len(values)):
         offset = bias[o] if len(bias) else NOTHING
         for n in range(0, rows - AT_ONCE + 1, AT_ONCE):
-            a, b, c, d = inputs[n], inputs[n + 1], inputs[n + 2], inputs[n + 3]
+            a, b, c, d = summed[n], summed[n + 1], summed[n + 2], summed[n + 3]
             for m, total in enumerate(dot_int4_4(a, b, c, d, values[o], scale[o], lowest[o])):
                 outputs[n + m, o] = total + offset + (outputs[n + m, o] if adds else NOTHING)
         for n in range(rows - rows % AT_ONCE, rows):
-            total = dot_int4(inputs[n], values[o], scale[o], lowest[o])
+            total = dot_int4(summed[n], values[o], scale[o], lowest[o])
             outputs[n, o] = total + offset + (outputs[n, o] if adds else NOTHING)
+
+
+@njit(fastmath=ANY_ORDER, cache=True)
+def with_sums(inputs: Floats) -> Floats:
+    """Return inputs (N, I), followed by the sums of each HALF of them: (N, I + G)."""
+    rows, width = inputs.shape
+    summed = np.empty((rows, width + width // HALF), dtype=np.float32)
+    for n in range(rows):
+        summed[n, :width] = inputs[n]
+        for group in range(width // HALF):
+            summed[n, width + group] = inputs[n, group * HALF : (group + 1) * HALF].sum()
+    return summed
 
 
 @njit(fastmath=ANY_ORDER, cache=True)

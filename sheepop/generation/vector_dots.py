@@ -22,6 +22,7 @@ LANES_OF_SEVERAL = GROUP if HAS_AVX512 else 16  # of the sums of each of several
 FAST = ("contract", "reassoc", "nsz")  # fused, and added in any order
 
 FLOAT, BYTE, INT, LONG = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+PAIR = ir.VectorType(FLOAT, 2)
 
 
 def splat(builder: Any, value: Any, lanes: int) -> Any:
@@ -106,6 +107,13 @@ def unpack_int4(builder: Any, group: Any, ahead: Any, values: Any, scale: Any, l
     return unpacked
 
 
+def load_two_bf16(builder: Any, pointer: Any, index: Any) -> Any:
+    """Do what `load_bf16` does for two neighbours."""
+    place = builder.bitcast(builder.gep(pointer, [index]), ir.VectorType(pointer.type.pointee, 2).as_pointer())
+    bits = builder.zext(builder.load(place, align=2), ir.VectorType(INT, 2))
+    return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, [16] * 2)), PAIR)
+
+
 def load_bf16(builder: Any, pointer: Any, index: Any) -> Any:
     """Return a number of bf16, which numba knows as 16 bits, as fp32: it is the upper half of one."""
     bits = builder.zext(builder.load(builder.gep(pointer, [index])), INT)
@@ -113,10 +121,10 @@ def load_bf16(builder: Any, pointer: Any, index: Any) -> Any:
 
 
 def code_of(unpack: Callable[..., list[Any]], rows: int) -> Callable[..., Any]:
-    """Return the code generator of the products of `rows` rows of inputs (I,) with one row of weights.
+    """Return the code generator of the products of `rows` rows of inputs (I,) with one row of weights (I,).
 
-    `unpack` makes fp32 of the weights' arrays, which come after those of the inputs. What is behind the last multiple
-    of 64 of I is added for weights that need no unpacking but a change of type.
+    `unpack` makes fp32 of 64 weights of the array that comes after those of the inputs; what is behind the last
+    multiple of 64 is added one by one.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -124,25 +132,22 @@ def code_of(unpack: Callable[..., list[Any]], rows: int) -> Callable[..., Any]:
         arrays = [
             context.make_array(kind)(context, builder, value) for kind, value in zip(kinds, arguments, strict=True)
         ]
-        inputs, weights = arrays[:rows], [array.data for array in arrays[rows:]]
+        inputs, weights = arrays[:rows], arrays[rows].data
         width = cgutils.unpack_tuple(builder, inputs[0].shape)[0]
         groups = builder.udiv(width, LONG(GROUP))
-        lanes = HALF if len(weights) > 1 else GROUP
-        if rows > 1:
-            lanes = min(lanes, LANES_OF_SEVERAL)
+        lanes = GROUP if rows == 1 else LANES_OF_SEVERAL
         zero = ir.Constant(ir.VectorType(FLOAT, lanes), [0.0] * lanes)
         totals = [cgutils.alloca_once_value(builder, zero) for _ in range(rows)]
         with cgutils.for_range(builder, groups, intp=LONG) as loop:
             at = builder.mul(loop.index, LONG(GROUP))
-            for unpacked in unpack(builder, loop.index, LONG(AHEAD), *weights):
+            for unpacked in unpack(builder, loop.index, LONG(AHEAD), weights):
                 for numbers in split(builder, unpacked, lanes):
                     for row, total in zip(inputs, totals, strict=True):
                         seen = load(builder, row.data, at, lanes)
                         builder.store(multiply_add(builder, numbers, seen, builder.load(total)), total)
                     at = builder.add(at, LONG(lanes))
         sums = [cgutils.alloca_once_value(builder, sum_of_lanes(builder, builder.load(total))) for total in totals]
-        if len(weights) == 1:
-            add_rest(builder, builder.mul(groups, LONG(GROUP)), width, inputs, weights[0], sums)
+        add_rest(builder, builder.mul(groups, LONG(GROUP)), width, inputs, weights, sums)
         results = [builder.load(total) for total in sums]
         return results[0] if rows == 1 else context.make_tuple(builder, signature.return_type, results)
 
@@ -163,6 +168,60 @@ def add_rest(builder: Any, start: Any, end: Any, inputs: list[Any], weights: Any
         for row, total in zip(inputs, sums, strict=True):
             seen = builder.load(builder.gep(row.data, [place]))
             builder.store(multiply_add(builder, weight, seen, builder.load(total)), total)
+
+
+def code_of_int4(rows: int) -> Callable[..., Any]:
+    """Return the code generator of the products of `rows` rows of inputs with one row of weights of 4 bits.
+
+    With weights n·s + l of a group, Σ(n·s + l)·x = s·Σn·x + l·Σx: each weight is multiplied once, and Σx comes with the
+    inputs (`decode_kernels.with_sums`).
+    """
+    lanes = 16 if HAS_AVX512 else 8
+    vector, numbers = ir.VectorType(FLOAT, lanes), ir.VectorType(INT, lanes)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        arrays = [
+            context.make_array(kind)(context, builder, value)
+            for kind, value in zip(signature.args, arguments, strict=True)
+        ]
+        inputs, (values, scale, lowest) = [array.data for array in arrays[:rows]], arrays[rows:]
+        pairs = cgutils.unpack_tuple(builder, values.shape)[0]  # of groups
+        width = builder.mul(pairs, LONG(GROUP))
+        totals = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * lanes)) for _ in range(rows)]
+        lows = [cgutils.alloca_once_value(builder, ir.Constant(PAIR, [0.0] * 2)) for _ in range(rows)]
+        with cgutils.for_range(builder, pairs, intp=LONG) as loop:
+            start, at = builder.mul(loop.index, LONG(GROUP)), builder.mul(loop.index, LONG(HALF))
+            fetch(builder, values.data, at, HALF, LONG(AHEAD))
+            group = builder.mul(loop.index, LONG(2))
+            steps, lowest_two = (load_two_bf16(builder, array.data, group) for array in (scale, lowest))
+            products: list[list[Any]] = [[], []]  # of either group, of each row
+            for part in range(0, HALF, lanes):
+                both = builder.zext(load(builder, values.data, builder.add(at, LONG(part)), lanes), numbers)
+                low = builder.and_(both, ir.Constant(numbers, [15] * lanes))
+                high = builder.lshr(both, ir.Constant(numbers, [4] * lanes))
+                for half, some in enumerate((low, high)):
+                    weights = builder.sitofp(some, vector)
+                    place = builder.add(start, LONG(half * HALF + part))
+                    seen = [load(builder, row, place, lanes) for row in inputs]
+                    products[half] = [
+                        multiply_add(builder, weights, each, total)
+                        if total
+                        else builder.fmul(weights, each, flags=FAST)
+                        for each, total in zip(seen, products[half] or [None] * rows, strict=True)
+                    ]
+            for row, total, low in zip(range(rows), totals, lows, strict=True):
+                sums = load(builder, inputs[row], builder.add(width, group), 2)
+                builder.store(multiply_add(builder, lowest_two, sums, builder.load(low)), low)
+                for half in (0, 1):
+                    step = splat(builder, builder.extract_element(steps, INT(half)), lanes)
+                    builder.store(multiply_add(builder, step, products[half][row], builder.load(total)), total)
+        results = [
+            builder.fadd(*(sum_of_lanes(builder, builder.load(part)) for part in parts), flags=FAST)
+            for parts in zip(totals, lows, strict=True)
+        ]
+        return results[0] if rows == 1 else context.make_tuple(builder, signature.return_type, results)
+
+    return generate
 
 
 @intrinsic
@@ -191,11 +250,11 @@ def dot_int8_4(typing: Any, a: Any, b: Any, c: Any, d: Any, values: Any) -> Any:
 
 @intrinsic
 def dot_int4(typing: Any, inputs: Any, values: Any, scale: Any, lowest: Any) -> Any:  # noqa: ARG001
-    """Return the product of inputs (I,) and weights of 4 bits, as in `decode_kernels.matmul_int4`."""
-    return types.float32(inputs, values, scale, lowest), code_of(unpack_int4, 1)
+    """Return the product of inputs with their sums (I + G,) and weights of 4 bits (`decode_kernels.matmul_int4`)."""
+    return types.float32(inputs, values, scale, lowest), code_of_int4(1)
 
 
 @intrinsic
 def dot_int4_4(typing: Any, a: Any, b: Any, c: Any, d: Any, values: Any, scale: Any, lowest: Any) -> Any:  # noqa: ARG001
-    """Return the products of four inputs (I,) and weights of 4 bits, as in `decode_kernels.matmul_int4`."""
-    return types.UniTuple(types.float32, 4)(a, b, c, d, values, scale, lowest), code_of(unpack_int4, 4)
+    """Return the products of four inputs (I + G,) and weights of 4 bits, as `dot_int4` does."""
+    return types.UniTuple(types.float32, 4)(a, b, c, d, values, scale, lowest), code_of_int4(4)

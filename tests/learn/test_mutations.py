@@ -296,7 +296,7 @@ MUTATIONS = (
         "a mean of gradients",
         {"muon_momentum"},
         f"{MUON}:Muon.step",
-        {".add_(parameter.grad)": ".add_(parameter.grad, alpha=1 - self.momentum)"},
+        {".add_(gradient)": ".add_(gradient, alpha=1 - self.momentum)"},
         traced=NEVER,
     ),
     Mutation(
@@ -317,7 +317,7 @@ MUTATIONS = (
         "clipped to the half",
         {"gradient_clipping"},
         "sheepop.training.step:train_step",
-        {"training.max_grad_norm, total_norm)": "training.max_grad_norm / 2, total_norm)"},
+        {"(model.parameters(), max_grad_norm, total_norm)": "(model.parameters(), max_grad_norm / 2, total_norm)"},
         traced=NEVER,
     ),
     Mutation(

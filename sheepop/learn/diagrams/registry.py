@@ -18,7 +18,7 @@ from sheepop.learn.diagrams.module_map import file_map, package_map
 from sheepop.learn.diagrams.steps import steps_diagram
 from sheepop.training.batches import batch_loader
 from sheepop.training.step import train_step
-from sheepop.training.trainer import finish_step, train
+from sheepop.training.trainer import finish_step, steps_of, train
 
 PACKAGE = Path(sheepop.__file__).parent
 # Small, and all different, so that each size has a letter of its own.
@@ -69,6 +69,7 @@ def all_diagrams(floors: Sequence[Sequence[str]]) -> dict[str, Callable[[], str]
         "block-parallel": lambda: block_diagram(example("classic", parallel_residual=True, dropout=0.0)),
         "attention": lambda: attention_diagram(modern),
         "training-loop": lambda: loop_diagram(train),
+        "training-steps": lambda: loop_diagram(steps_of),
         "training-step": lambda: function_diagram(train_step),
         "training-pause": lambda: function_diagram(finish_step),
         "generation-naive": lambda: loop_diagram(generate_naive),

@@ -10,7 +10,7 @@ demo: venv/.ready
 
 # The tests come last, so that their summary is the last line. Each computes on one thread, so two files at a time.
 test: lint
-	venv/bin/python -m pytest -q -n 2 --dist loadfile
+	venv/bin/python -m pytest -q -n 2 --dist loadfile --durations 40
 
 lint: venv/.ready
 	venv/bin/ruff check .

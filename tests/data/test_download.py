@@ -329,7 +329,8 @@ def test_a_corpus_of_the_hub_becomes_one_text_file_and_its_record(
 def test_a_slice_is_the_beginning_of_the_corpus(
     tmp_path: Path, hub: HubServer, name: str, limits: dict[str, int], count: int
 ) -> None:
-    assert run_download(tmp_path, hub, name, **limits)[0] == 0
+    status, said = run_download(tmp_path, hub, name, **limits)
+    assert status == 0, said
     (tmp_path / "whole").mkdir()
     assert run_download(tmp_path / "whole", hub, name)[0] == 0
     (part,), (whole,) = (sorted((folder / "data").glob("*.txt")) for folder in (tmp_path, tmp_path / "whole"))

@@ -116,7 +116,7 @@ def test_no_step_is_made_after_one_that_ends_the_run(tmp_path, train_in, spoil, 
     assert read_state(find_resume(runs[1], "auto")).guard.skipped_in_a_row == (allowed or 0)
 
 
-@pytest.mark.parametrize("nth", [1, 2, 6, 7])
+@pytest.mark.parametrize("nth", [1, 7])
 def test_a_signal_saves_what_was_made_and_the_run_goes_on_as_it_was(tmp_path, train_in, read_late, signal_at, nth):
     read_late()
     settings = SETTINGS | {"training.save_interval": 20}
@@ -182,10 +182,9 @@ def run_two(run, *arguments, late, breaking=("none", "sheepop.training.step.micr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_are_a_step_behind_together(tmp_path, train_in, parallel):
+def test_two_processes_are_a_step_behind_together(tmp_path, train_in):
     alone = train_in(tmp_path / "alone", **SETTINGS)
-    config = ["--config", alone / "config.json", "--training.parallel", parallel]
+    config = ["--config", alone / "config.json", "--training.parallel", "fsdp"]
     breaking = ("nan", "sheepop.training.step.micro_batch_loss", 5)  # of one process
     for run, late in (("at-once", False), ("late", True)):
         done = run_two(tmp_path / run, *config, late=late, breaking=breaking)

@@ -140,9 +140,19 @@ def slower_by(factor, *, since):
 BUDGET = {"preset": "modern", "training.max_minutes": 4.0, "training.eval_interval": None, "training.sample_tokens": 0}
 
 
-@pytest.mark.parametrize("reads_late", [False, True], ids=["at once", "late"])  # as on a GPU
 @pytest.mark.parametrize(
-    ("factor", "since"), [(1.0, 0), (3.0, 1), (0.4, 1), (3.0, 40), (0.4, 40), (2.5, 150), (6.0, 175), (0.1, 150)]
+    ("factor", "since", "reads_late"),  # late as on a GPU
+    [
+        (1.0, 0, False),
+        (3.0, 1, True),
+        (0.4, 1, False),
+        (3.0, 40, False),
+        (0.4, 40, True),
+        (2.5, 150, False),
+        (6.0, 175, True),
+        (6.0, 175, False),
+        (0.1, 150, False),
+    ],
 )
 def test_a_run_ends_on_time_on_a_machine_whose_speed_changes(
     tmp_path, train_in, monkeypatch, capsys, factor, since, reads_late

@@ -60,7 +60,7 @@ def test_a_compiled_step_writes_what_the_model_writes(family, capsys):
         for step in range(9):
             token_ids = torch.randint(0, 23, (2, 3 if step == 0 else 1), generator=torch.Generator().manual_seed(step))
             expected = model(token_ids, cache=slow, last_only=True)
-            torch.testing.assert_close(decode(token_ids, fast), expected, rtol=1e-4, atol=1e-4)  # of 8-bit products, too
+            torch.testing.assert_close(decode(token_ids, fast), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_few_capacities_serve_all_texts(monkeypatch):

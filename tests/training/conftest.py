@@ -17,6 +17,7 @@ from sheepop.training.distributed import World
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.run import start_run
 from sheepop.training.state import Run, TrainingState
+from sheepop.training.step import micro_batch_loss
 from sheepop.utils.devices import FP32
 
 WORDS = [
@@ -170,6 +171,23 @@ def bare_run(config: Config, **parts: object) -> Run:
 @pytest.fixture(name="bare_run")
 def _bare_run():
     return bare_run
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Change the losses of some micro-batches, counted from 1 over the run: `spoil({9: math.nan})`."""
+
+    def install(factors):
+        calls = 0
+
+        def spoiled(learner, batch):
+            nonlocal calls
+            calls += 1
+            return micro_batch_loss(learner, batch) * factors.get(calls, 1.0)
+
+        monkeypatch.setattr("sheepop.training.step.micro_batch_loss", spoiled)
+
+    return install
 
 
 def _wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:

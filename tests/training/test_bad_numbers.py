@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from sheepop.training.checkpoint import find_resume, read_state
-from sheepop.training.step import micro_batch_loss
 from sheepop.utils.devices import Precision
 from sheepop.utils.errors import NonFiniteError
 
@@ -28,23 +27,6 @@ def assert_same_tensors(one, other):
     for name in TENSORS:
         expected, found = load_file(one / name), load_file(other / name)
         assert all(tensor.equal(found[key]) for key, tensor in expected.items()), name
-
-
-@pytest.fixture
-def spoil(monkeypatch):
-    """Change the losses of some micro-batches, counted from 1 over the run: `spoil({9: math.nan})`."""
-
-    def install(factors):
-        calls = 0
-
-        def spoiled(learner, batch):
-            nonlocal calls
-            calls += 1
-            return micro_batch_loss(learner, batch) * factors.get(calls, 1.0)
-
-        monkeypatch.setattr("sheepop.training.step.micro_batch_loss", spoiled)
-
-    return install
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -21,7 +21,7 @@ from sheepop.training.checkpoint import find_resume, read_state
 from sheepop.training.guard import Guard
 from sheepop.training.late_steps import Refusals
 from sheepop.training.optimizer import make_optimizer
-from sheepop.training.step import MicroBatch, micro_batch_loss, train_step
+from sheepop.training.step import MicroBatch, train_step
 from sheepop.utils.errors import Interrupted, NonFiniteError
 
 SETTINGS = {
@@ -50,23 +50,6 @@ CLOCKED = {"elapsed_seconds", "tokens_per_second", "mfu"}
 def read_late(monkeypatch):
     """Let the loop be a step behind from now on."""
     return lambda: monkeypatch.setattr("sheepop.training.trainer.reads_late", lambda run: True)
-
-
-@pytest.fixture
-def spoil(monkeypatch):
-    """Multiply the losses of the micro-batches with these numbers, from 1 over the run: `spoil({9: math.nan})`."""
-
-    def install(factors):
-        calls = 0
-
-        def spoiled(learner, batch):
-            nonlocal calls
-            calls += 1
-            return micro_batch_loss(learner, batch) * factors.get(calls, 1.0)
-
-        monkeypatch.setattr("sheepop.training.step.micro_batch_loss", spoiled)
-
-    return install
 
 
 def read_lines(path):

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 GROUP, HALF = 64, 32  # weights that are taken at a time, and their bytes in 4 bits (`models/quantized_layers.py`)
 LINE, AHEAD = 64, 2048  # bytes of a cache line, and how far ahead of the arithmetic a row of weights is read
 HAS_AVX512 = bool(get_host_cpu_features().get("avx512f"))
-FETCHES_FP32 = HAS_AVX512  # without, plain fp32 goes by so fast that fetching is a fifth of the time (`docs/log.md`)
+FETCHES_FP32 = HAS_AVX512  # without, fetching plain fp32 costs a sixth of the time (`docs/log.md`)
 LANES_OF_SEVERAL = GROUP if HAS_AVX512 else 16  # of the sums of each of several rows, which the registers hold
 FAST = ("contract", "reassoc", "nsz")  # fused, and added in any order
 

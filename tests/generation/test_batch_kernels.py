@@ -59,7 +59,7 @@ def test_tiles_and_few_rows_give_the_products_of_one_row_at_a_time(
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("shape", [(1, 3, 128), (2, PANEL, 128), (5, 7, 128)])
+@pytest.mark.parametrize("shape", [(1, 3, 128), (1, 7, 128), (2, PANEL, 128), (5, 7, 128)])
 def test_a_layer_by_the_kernels_computes_what_the_layer_computes(
     quantization, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,12 +55,13 @@ def test_a_compiled_step_writes_what_the_model_writes(family, capsys):
         assert compiled == generate_naive(model, prompt, settings, **request)
     assert capsys.readouterr().err.count("compiled the step of a token in") == 1  # one capacity
 
+    atol = 1e-4 if family == "quantized" else 1e-5  # 1.6e-5 was seen without AVX-512
     slow, fast = (KVCache(model.config, 2, capacity=20) for _ in range(2))
     with torch.inference_mode():
         for step in range(9):
             token_ids = torch.randint(0, 23, (2, 3 if step == 0 else 1), generator=torch.Generator().manual_seed(step))
             expected = model(token_ids, cache=slow, last_only=True)
-            torch.testing.assert_close(decode(token_ids, fast), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(decode(token_ids, fast), expected, rtol=1e-4, atol=atol)
 
 
 def test_few_capacities_serve_all_texts(monkeypatch):

@@ -129,6 +129,9 @@ KNOWN_PEAKS = {
 PEAK_SIZES = {"cpu": 1024}  # of the square matrices whose product is timed
 PEAK_SIZE_ELSEWHERE = 4096  # long enough that starting it does not count
 PEAK_ROUNDS = 8
+PEAK_SECONDS = (
+    0.1  # after which no further round begins: a type without instructions of its own may take seconds for one
+)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype | None = None) -> float:
@@ -152,10 +155,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None = None) -> float:
 
 
 def _best_seconds(product: Callable[[], torch.Tensor]) -> float:
-    best = float("inf")
+    seconds: list[float] = []
     with torch.inference_mode():
-        for _ in range(PEAK_ROUNDS):
+        while len(seconds) < PEAK_ROUNDS and sum(seconds) < PEAK_SECONDS:
             start = time.perf_counter()
             product()[0, 0].item()  # reading a number waits for the device
-            best = min(best, time.perf_counter() - start)
-    return best
+            seconds.append(time.perf_counter() - start)
+    return min(seconds)

@@ -3,7 +3,9 @@ import pkgutil
 import random
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,10 @@ from sheepop.training.run import start_run
 from sheepop.training.state import Run, TrainingState
 from sheepop.training.step import micro_batch_loss
 from sheepop.utils.devices import FP32
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from copies import Break, Copies
 
 WORDS = [
     "a",
@@ -190,7 +196,7 @@ def spoil(monkeypatch):
     return install
 
 
-def _wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+def _wait_for_step(run: Path, step: int, process: subprocess.Popen[str] | Copies) -> None:
     """Wait until a run in another process has logged a step."""
     metrics = run / "metrics.jsonl"
     for _ in range(6000):
@@ -204,6 +210,36 @@ def _wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None
 @pytest.fixture
 def wait_for_step():
     return _wait_for_step
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start the program in copies of a process: `start("train", "--output", run, count=2, breaks=Break(…))`."""
+    started: list[Copies] = []
+
+    def start(
+        *arguments: object, count: int = 1, breaks: Break | None = None, patches: Mapping[str, object] | None = None
+    ) -> Copies:
+        folder = tmp_path / f"copies-{len(started)}"
+        folder.mkdir()
+        started.append(Copies(folder, arguments, count, breaks, patches or {}))
+        return started[-1]
+
+    yield start
+    for copies in started:
+        copies.kill()
+
+
+@pytest.fixture
+def run_program(start):
+    """The same, to its end."""
+
+    def run_program(*arguments: object, **options: object) -> Copies:
+        copies = start(*arguments, **options)
+        copies.communicate()
+        return copies
+
+    return run_program
 
 
 def tiny_config(**settings: object) -> Config:

@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
+from copies import Break
 from safetensors.torch import load_file
 
 from sheepop.training.checkpoint import find_resume, read_state
@@ -101,33 +99,22 @@ def test_fp16_overflows_shrink_the_scale_and_resume_is_exact(tmp_path, train_in,
     assert read_state(tmp_path / "run/checkpoint_step_12").loss_scale == state.loss_scale
 
 
-def run_two(run, *arguments, breaking=()):
-    """Train in two processes; of which the last may break, see `break_at.py`."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    program = [Path(__file__).with_name("break_at.py"), *breaking] if breaking else ["-m", "sheepop"]
-    command = [*launcher, *program, "train", "--output", run, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, env=environment, timeout=240, check=False
-    )
-
-
 @pytest.mark.slow
-def test_a_bad_number_on_one_of_two_processes_changes_neither(tmp_path, train_in):
-    in_the_fifth_step = ("nan", "sheepop.training.step.micro_batch_loss", 5)  # each has one micro-batch a step
+def test_a_bad_number_on_one_of_two_processes_changes_neither(tmp_path, train_in, run_program):
+    in_the_fifth_step = Break("nan", "sheepop.training.step.micro_batch_loss", 5)  # each has one micro-batch a step
     alone = train_in(tmp_path / "alone", **SETTINGS)
-    config = ["--config", alone / "config.json"]
+    train_two = partial(run_program, "train", "--config", alone / "config.json", count=2)
     whole = tmp_path / "whole"
-    assert run_two(whole, *config).returncode == 0
+    assert train_two("--output", whole).returncode == 0
     run = tmp_path / "run"
-    done = run_two(run, *config, breaking=in_the_fifth_step)
+    done = train_two("--output", run, breaks=in_the_fifth_step)
     assert done.returncode != 0
-    assert done.stderr.count("error: At step 5 the loss was") == 2  # both say it
+    assert done.written()[1].count("error: At step 5 the loss was") == 2  # both say it
     assert_same_tensors(whole / "checkpoint_step_4", find_resume(run, "auto"))
     skipped = tmp_path / "skipped"
-    done = run_two(skipped, *config, "--training.on_bad_numbers", "skip", breaking=in_the_fifth_step)
-    assert done.returncode == 0, done.stderr
+    done = train_two("--output", skipped, "--training.on_bad_numbers", "skip", breaks=in_the_fifth_step)
+    assert done.returncode == 0, done.written()[1]
     assert_same_tensors(whole / "checkpoint_step_4", skipped / "checkpoint_step_5")
     # And the run that stopped goes on as if nothing had been.
-    assert run_two(run, *config, "--resume", "auto").returncode == 0
+    assert train_two("--output", run, "--resume", "auto").returncode == 0
     assert_same_tensors(whole / "checkpoint_step_12", run / "checkpoint_step_12")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from copies import Break
 from safetensors.torch import load_file
 
 from sheepop.training.distributed import World, agree_on_any, join_world, on_main, sum_over_processes
@@ -33,12 +34,12 @@ def read_metrics(run, kind):
     return [line for line in lines if line["type"] == kind]
 
 
-def torchrun(num_processes, *command, restarts=0, program=("-m", "sheepop")):
-    """Start `sheepop` in several processes on this machine."""
+def torchrun(num_processes, *command, restarts=0):
+    """Start `sheepop` in several processes on this machine by the program that users start it by."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     restart = ["--max-restarts", str(restarts)] if restarts else []
     return subprocess.Popen(
-        [sys.executable, *launcher, *restart, *map(str, (*program, *command))],
+        [sys.executable, *launcher, *restart, "-m", "sheepop", *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -87,10 +88,10 @@ def test_alone_nothing_is_exchanged(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_processes", "parallel"), [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")])
-def test_several_processes_train_as_one_does(tmp_path, alone, num_processes, parallel):
+def test_several_processes_train_as_one_does(tmp_path, alone, run_program, num_processes, parallel):
     together = tmp_path / "together"
-    config = ["--config", alone / "config.json", "--training.parallel", parallel]
-    output, errors = finish(torchrun(num_processes, "train", *config, "--output", together))
+    command = ["train", "--config", alone / "config.json", "--training.parallel", parallel, "--output", together]
+    output, errors = finish(run_program(*command, count=num_processes))
     assert output.split() == [str(together)]  # the main process alone speaks
     assert f"{num_processes} processes share 3 micro-batch(es)" in errors
     assert_same_within_rounding(alone, together, "checkpoint_step_50")
@@ -100,17 +101,13 @@ def test_several_processes_train_as_one_does(tmp_path, alone, num_processes, par
 @pytest.mark.parametrize(
     ("first", "then"), [(("ddp", 2), ("fsdp", 2)), (("fsdp", 2), ("alone", 1)), (("fsdp", 2), ("fsdp", 3))]
 )
-def test_another_number_of_processes_goes_on(tmp_path, alone, first, then):
+def test_another_number_of_processes_goes_on(tmp_path, alone, run_program, first, then):
     run = tmp_path / "run"
     for (parallel, num_processes), length, resume in ((first, 25, []), (then, 50, ["--resume", "auto"])):
         command = ["train", "--config", alone / "config.json", "--output", run, *resume, "--accept-changes"]
         settings = ["--training.max_steps", length, "--training.schedule", "constant"]
-        if num_processes == 1:
-            subprocess.run(
-                [sys.executable, "-m", "sheepop", *map(str, [*command, *settings])], check=True, capture_output=True
-            )
-        else:
-            finish(torchrun(num_processes, *command, *settings, "--training.parallel", parallel))
+        sharing = ["--training.parallel", parallel] if num_processes > 1 else []
+        finish(run_program(*command, *settings, *sharing, count=num_processes))
         if parallel == "fsdp":
             assert (run / f"checkpoint_step_{length}/training_state/sharded/.metadata").is_file()
             # The model is in one piece all the same.
@@ -118,8 +115,7 @@ def test_another_number_of_processes_goes_on(tmp_path, alone, first, then):
             assert all(tensor.shape for tensor in weights.values())
     straight = tmp_path / "straight"
     config = ["--config", alone / "config.json", "--training.schedule", "constant"]
-    command = ["train", *config, "--output", straight]
-    subprocess.run([sys.executable, "-m", "sheepop", *map(str, command)], check=True, capture_output=True)
+    finish(run_program("train", *config, "--output", straight))
     assert_same_within_rounding(straight, run, "checkpoint_step_50")
 
 
@@ -151,16 +147,18 @@ def test_a_lost_process_ends_the_run_and_a_restart_finishes_it(tmp_path, alone, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_signal_to_one_process_stops_all_and_resume_is_exact(tmp_path, alone, wait_for_step, parallel):
+def test_a_signal_to_one_process_stops_all_and_resume_is_exact(
+    tmp_path, alone, start, run_program, wait_for_step, parallel
+):
     run, straight = tmp_path / "run", tmp_path / "straight"
     command = ["train", "--config", alone / "config.json", "--training.parallel", parallel, "--output"]
-    finish(torchrun(2, *command, straight))
-    process = torchrun(2, *command, run)
+    finish(run_program(*command, straight, count=2))
+    process = start(*command, run, count=2)
     wait_for_step(run, 5, process)
-    os.kill(children_of(process)[-1], signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert "Stopped by a signal after step" in errors
-    finish(torchrun(2, *command, run, "--resume", "auto"))
+    process.send_signal(signal.SIGTERM)  # to one of them
+    _, errors = process.communicate()
+    assert errors.count("Stopped by a signal after step") == 2
+    finish(run_program(*command, run, "--resume", "auto", count=2))
     weights, same = (load_file(path / "checkpoint_step_50/model.safetensors") for path in (straight, run))
     assert all(tensor.equal(same[name]) for name, tensor in weights.items())
 
@@ -178,22 +176,21 @@ def test_a_restart_does_not_go_on_with_a_run_that_is_not_its_own(tmp_path, alone
 
 
 @pytest.mark.slow
-def test_a_sharded_run_that_never_made_a_step_goes_on(tmp_path, alone):
+def test_a_sharded_run_that_never_made_a_step_goes_on(tmp_path, alone, run_program):
     run = tmp_path / "run"
     command = ["train", "--config", alone / "config.json", "--training.parallel", "fsdp", "--output", run]
-    first_loss = [Path(__file__).with_name("break_at.py"), "nan", "sheepop.training.step.micro_batch_loss", 1]
-    process = torchrun(2, *command, program=first_loss)
-    _, errors = process.communicate(timeout=120)
+    first_loss = Break("nan", "sheepop.training.step.micro_batch_loss", 1)
+    _, errors = run_program(*command, count=2, breaks=first_loss).written()
     assert "At step 1 the loss was nan" in errors
     assert (run / "checkpoint_step_0/training_state/sharded").is_dir()
-    finish(torchrun(2, *command, "--resume", "auto"))
+    finish(run_program(*command, "--resume", "auto", count=2))
     assert_same_within_rounding(alone, run, "checkpoint_step_50")
 
 
 @pytest.mark.slow
-def test_processes_share_a_run_that_was_chosen_for_a_time(tmp_path, many_documents):
+def test_processes_share_a_run_that_was_chosen_for_a_time(tmp_path, many_documents, run_program):
     command = ["train", "--data", many_documents, "--minutes", 0.4, "--device", "cpu", "--training.log_interval", 1]
-    _, errors = finish(torchrun(2, *command, "--output", tmp_path / "run"))
+    _, errors = finish(run_program(*command, "--output", tmp_path / "run", count=2))
     assert errors.count("measured:") == errors.count("bits per byte at the end") == 1
     steps = [line["step"] for line in read_metrics(tmp_path / "run", "train")]
     assert steps == list(range(1, len(steps) + 1))

@@ -1,14 +1,11 @@
 """Training in 8-bit floats, by the kernels that PyTorch has for them on a CPU."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from copies import always
 from safetensors.torch import load_file
 
 from sheepop.training.rehearsal import make_plan
@@ -29,11 +26,14 @@ SIZES = {
 FP8 = SIZES | {"training.precision": "fp8"}
 
 
+# This machine's processor counts as a GPU with fp8, and narrow layers as large.
+CAPABLE = {"sheepop.utils.devices.multiplies_fp8": always, "sheepop.models.fp8.LEAST_WIDTH": 32}
+
+
 @pytest.fixture
 def capable(monkeypatch):
-    """Let this machine's processor count as a GPU with fp8, and narrow layers as large."""
-    monkeypatch.setattr("sheepop.utils.devices.multiplies_fp8", lambda device: True)
-    monkeypatch.setattr("sheepop.models.fp8.LEAST_WIDTH", 32)
+    for patch in CAPABLE.items():
+        monkeypatch.setattr(*patch)
 
 
 def losses(run, kind="train"):
@@ -122,35 +122,15 @@ def test_a_run_resumes_exactly(tmp_path, train_in, capable, inductor_folder, com
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
 
 
-PROGRAM = """
-import sys
-import sheepop.models.fp8, sheepop.utils.devices
-from sheepop.cli import main
-
-sheepop.models.fp8.LEAST_WIDTH = 32
-sheepop.utils.devices.multiplies_fp8 = lambda device: True
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_several_processes_learn_as_one_does(tmp_path, train_in, capable, parallel):
-    alone, together, program = tmp_path / "alone", tmp_path / "together", tmp_path / "program.py"
+def test_several_processes_learn_as_one_does(tmp_path, train_in, capable, run_program, parallel):
+    alone, together = tmp_path / "alone", tmp_path / "together"
     train_in(alone, **FP8 | {"training.max_steps": 30})
-    program.write_text(PROGRAM)
-    command = [program, "train", "--config", alone / "config.json", "--output", together]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, *launcher, *map(str, command), "--training.parallel", parallel],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "fp8: 8 of the 8" in done.stderr
+    command = ["train", "--config", alone / "config.json", "--output", together, "--training.parallel", parallel]
+    done = run_program(*command, count=2, patches=CAPABLE)
+    assert done.returncode == 0, done.written()
+    assert "fp8: 8 of the 8" in done.written()[1]
     found, expected = losses(together), losses(alone)
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert found == pytest.approx(expected, rel=0.03)  # sums in another order tip numbers to another one of 8 bits

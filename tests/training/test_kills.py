@@ -1,22 +1,19 @@
 """SIGKILL at chosen moments of training and saving: there is always a checkpoint to load, and the end is the same."""
 
 import itertools
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from copies import Break
 
 from sheepop.models.pretrained import load_pretrained, resolve_checkpoint
 from sheepop.training.checkpoint import find_resume
 from sheepop.training.verify import compare_runs
 
-BREAK_AT = Path(__file__).with_name("break_at.py")
 SETTINGS = {
     "training.max_steps": 40,
     "training.save_interval": 1,
@@ -40,25 +37,12 @@ FUNCTIONS = {
 }
 
 
-def moments() -> Iterator[tuple[str, str, int]]:
+def moments() -> Iterator[Break]:
     """Yield moments, spread over all functions, the places around them and the number of the call, without an end."""
     kinds = [(function, place) for function, places in FUNCTIONS.items() for place in places]
     numbers = random.Random(3)
     for function, place in itertools.cycle(kinds):
-        yield function, place, numbers.choice((1, 1, 2, 3, 5))
-
-
-def train_killed_at(moment: tuple[str, str, int], config: Path, run: Path) -> int:
-    """Go on with a run in a process that is killed at a moment, and return how it ended."""
-    function, place, nth = moment
-    breaking = [str(BREAK_AT), f"kill-{place}", function, str(nth)]
-    arguments = ["train", "--config", str(config), "--output", str(run), "--resume", "auto"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, *breaking, *arguments], capture_output=True, text=True, env=environment, check=False
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode
+        yield Break(f"kill-{place}", function, numbers.choice((1, 1, 2, 3, 5)))
 
 
 def assert_same(straight: Path, run: Path) -> None:
@@ -69,19 +53,24 @@ def assert_same(straight: Path, run: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("async_save", [False, True])
-def test_there_is_always_a_checkpoint_and_the_end_is_the_same(tmp_path, train_in, pytestconfig, async_save):
+def test_there_is_always_a_checkpoint_and_the_end_is_the_same(
+    tmp_path, train_in, run_program, pytestconfig, async_save
+):
     asked = pytestconfig.getoption("--kills")
     straight = train_in(tmp_path / "straight", **SETTINGS, **{"training.async_save": async_save})
     run = tmp_path / "killed"
     kills, had_checkpoint = 0, False
     for moment in moments():
-        status = train_killed_at(moment, straight / "config.json", run)
-        if status == 0:  # the run was over before that moment came
+        command = ["train", "--config", straight / "config.json", "--output", run, "--resume", "auto"]
+        done = run_program(*command, breaks=moment)
+        _, errors = done.written()
+        assert "Traceback" not in errors, errors
+        if done.returncode == 0:  # the run was over before that moment came
             assert_same(straight, run)
             shutil.rmtree(run)
             had_checkpoint = False
             continue
-        assert status == -signal.SIGKILL, moment
+        assert done.returncode == -signal.SIGKILL, moment
         kills += 1
         checkpoint = find_resume(run, "auto")
         assert checkpoint or not had_checkpoint, moment

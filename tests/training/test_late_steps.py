@@ -5,15 +5,13 @@ A CPU has its numbers at once, but the loop and the kernels are the same.
 
 import json
 import math
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from copies import Break, always
 from safetensors.torch import load_file
 
 from sheepop.models.transformer import TransformerModel
@@ -46,10 +44,13 @@ TENSORS = ("model.safetensors", "training_state/optimizer.safetensors")
 CLOCKED = {"elapsed_seconds", "tokens_per_second", "mfu"}
 
 
+LATE = {"sheepop.training.trainer.reads_late": always}
+
+
 @pytest.fixture
 def read_late(monkeypatch):
     """Let the loop be a step behind from now on."""
-    return lambda: monkeypatch.setattr("sheepop.training.trainer.reads_late", lambda run: True)
+    return lambda: [monkeypatch.setattr(*patch) for patch in LATE.items()]
 
 
 def read_lines(path):
@@ -149,29 +150,14 @@ def test_a_step_asks_its_device_for_nothing(tiny_config, bare_run, monkeypatch, 
         train_step(run, batches, step=2, learning_rate=1e-3)  # which reads them at once
 
 
-def run_two(run, *arguments, late, breaking=("none", "sheepop.training.step.micro_batch_loss", 0)):
-    """Train in two processes, of which the last may break."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, Path(__file__).with_name("break_at.py"), *breaking, "train", "--output", run, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        env=environment | ({"READS_LATE": "1"} if late else {}),
-        timeout=240,
-        check=False,
-    )
-
-
 @pytest.mark.slow
-def test_two_processes_are_a_step_behind_together(tmp_path, train_in):
+def test_two_processes_are_a_step_behind_together(tmp_path, train_in, run_program):
     alone = train_in(tmp_path / "alone", **SETTINGS)
-    config = ["--config", alone / "config.json", "--training.parallel", "fsdp"]
-    breaking = ("nan", "sheepop.training.step.micro_batch_loss", 5)  # of one process
-    for run, late in (("at-once", False), ("late", True)):
-        done = run_two(tmp_path / run, *config, late=late, breaking=breaking)
-        assert done.returncode == 0, done.stderr
+    command = ["train", "--config", alone / "config.json", "--training.parallel", "fsdp", "--output"]
+    breaks = Break("nan", "sheepop.training.step.micro_batch_loss", 5)  # in one process
+    for run, patches in (("at-once", {}), ("late", LATE)):
+        done = run_program(*command, tmp_path / run, count=2, breaks=breaks, patches=patches)
+        assert done.returncode == 0, done.written()
     assert len(read_lines(tmp_path / "late/events.jsonl")) == 1
     for name in ("metrics.jsonl", "events.jsonl"):
         assert read_lines(tmp_path / "at-once" / name) == read_lines(tmp_path / "late" / name)
@@ -183,16 +169,17 @@ def test_two_processes_are_a_step_behind_together(tmp_path, train_in):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_processes_ends_both_at_one_step(tmp_path, train_in):
+def test_a_signal_to_one_of_two_processes_ends_both_at_one_step(tmp_path, train_in, run_program):
     settings = SETTINGS | {"training.save_interval": 20}
-    config = ["--config", train_in(tmp_path / "alone", **settings) / "config.json"]
-    assert run_two(tmp_path / "straight", *config, late=True).returncode == 0
+    config = train_in(tmp_path / "alone", **settings) / "config.json"
+    train_two = partial(run_program, "train", "--config", config, count=2, patches=LATE)
+    assert train_two("--output", tmp_path / "straight").returncode == 0
     run = tmp_path / "run"
-    done = run_two(run, *config, late=True, breaking=("term", "sheepop.training.step.micro_batch_loss", 8))
+    done = train_two("--output", run, breaks=Break("term", "sheepop.training.step.micro_batch_loss", 8))
     assert done.returncode != 0
-    assert done.stderr.count("Stopped by a signal after step") == 2
+    assert done.written()[1].count("Stopped by a signal after step") == 2
     assert 8 <= read_state(find_resume(run, "auto")).step < 12
-    assert run_two(run, *config, "--resume", "auto", late=True).returncode == 0
+    assert train_two("--output", run, "--resume", "auto").returncode == 0
     for part in TENSORS:
         expected, found = (load_file(folder / "checkpoint_step_20" / part) for folder in (tmp_path / "straight", run))
         assert all(tensor.equal(found[key]) for key, tensor in expected.items())

@@ -6,21 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from copies import Break
 
 from sheepop.training.checkpoint import find_resume, read_state
 from sheepop.training.verify import compare_runs
 
 SETTINGS = {"training.max_steps": 3000, "training.save_interval": 50, "training.sample_tokens": 0}
-
-
-def start(run, config, *options):
-    command = ["train", "--config", config, "--output", run, *options]
-    return subprocess.Popen(
-        [sys.executable, "-m", "sheepop", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
 
 
 @pytest.fixture
@@ -35,8 +28,8 @@ def config(tmp_path, train_in):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves_with_its_status(tmp_path, config, wait_for_step, number, status):
-    process = start(tmp_path / "run", config)
+def test_a_signal_saves_and_leaves_with_its_status(tmp_path, config, start, wait_for_step, number, status):
+    process = start("train", "--config", config, "--output", tmp_path / "run")
     wait_for_step(tmp_path / "run", 5, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
@@ -47,17 +40,13 @@ def test_a_signal_saves_and_leaves_with_its_status(tmp_path, config, wait_for_st
     assert f"after step {state.step} of 3000" in errors
 
 
-def test_a_second_signal_leaves_at_once(tmp_path, config):
+def test_a_second_signal_leaves_at_once(tmp_path, config, start):
     run = tmp_path / "run"
-    breaking = [Path(__file__).with_name("break_at.py"), "hang", "sheepop.training.saver.save_checkpoint", "1"]
-    process = subprocess.Popen(
-        [sys.executable, *map(str, breaking), "train", "--config", str(config), "--output", str(run)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    while process.stderr.readline().strip() != "hanging":
+    hanging = Break("hang", "sheepop.training.saver.save_checkpoint", 1)
+    process = start("train", "--config", config, "--output", run, breaks=hanging)
+    while "hanging\n" not in process.written()[1]:
         assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)  # it is asked to leave, but cannot before the save has ended
     time.sleep(0.2)
     assert process.poll() is None
@@ -80,7 +69,9 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
-def test_a_disk_that_is_full_ends_with_status_6_and_the_run_goes_on_with_more_room(tmp_path, train_in, small_disk):
+def test_a_disk_that_is_full_ends_with_status_6_and_the_run_goes_on_with_more_room(
+    tmp_path, train_in, run_program, small_disk
+):
     settings = {"training.max_steps": 8, "training.save_interval": 1, "training.keep_last": 3, "model.dropout": 0.1}
     straight = train_in(tmp_path / "straight", **settings)
     run = small_disk / "run"
@@ -89,8 +80,8 @@ def test_a_disk_that_is_full_ends_with_status_6_and_the_run_goes_on_with_more_ro
         filler = small_disk / "filler"
         free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
         filler.write_bytes(bytes(max(0, free - kilobytes * 1000)))
-        process = start(run, straight / "config.json", "--resume", "auto")
-        _, errors = process.communicate(timeout=120)
+        process = run_program("train", "--config", straight / "config.json", "--output", run, "--resume", "auto")
+        _, errors = process.written()
         filler.unlink()
         if process.returncode == 0:
             break

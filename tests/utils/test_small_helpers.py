@@ -1,4 +1,6 @@
+import itertools
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,11 +104,21 @@ def test_the_cpus_peak_is_measured_in_the_precision_used(monkeypatch):
 
     monkeypatch.setattr(devices, "_best_seconds", seconds)
     both_libraries = torch.backends.mkldnn.is_available()
-    assert peak_flops(CPU) == 2 * 1024**3 / (0.5 if both_libraries else 1.0)  # the faster of the two
+    assert peak_flops(CPU) == 2 * devices.PEAK_SIZES["cpu"] ** 3 / (
+        0.5 if both_libraries else 1.0
+    )  # the faster of the two
     assert set(products) == {torch.float32}
     products.clear()
     peak_flops(CPU, torch.bfloat16)
     assert products == [torch.bfloat16]
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.001, devices.PEAK_ROUNDS), (0.06, 2), (0.2, 1)])
+def test_a_peak_that_is_low_is_not_looked_for_long(monkeypatch, seconds, rounds):
+    clock = itertools.chain.from_iterable((float(round_), round_ + seconds) for round_ in itertools.count())
+    monkeypatch.setattr(devices, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    peak_flops(CPU, torch.bfloat16)
+    assert next(clock) == rounds
 
 
 def test_the_start_of_the_process_is_known_and_stays():

@@ -29,6 +29,7 @@ STEPS_BETWEEN = 100
 TESTS = {
     "2N steps = N + stop + N, everything equal": ["test_trainer.py", "test_verify.py"],
     "killed at any moment": ["test_kills.py"],
+    "a text's preparation, killed at any moment": ["../data/test_prepare_at_scale.py", "-k", "killed"],
     "no space left at any write": ["test_checkpoint.py", "test_saver.py", "test_stopping.py", "-k", "disk or fit"],
     "damaged checkpoints": ["test_checkpoint.py", "-k", "damage"],
     "bad numbers, on one of two processes too": ["test_bad_numbers.py", "test_guard.py"],

@@ -26,7 +26,7 @@ VERSIONS = (2, 3)
 NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, LIST = 8, 9
 TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
-MOST_STRINGS = 3 * 2**19  # of all lists together; the largest vocabularies and their merges have half as many
+MOST_STRINGS = 2**20  # of all lists together; the largest vocabularies and their merges have some 780,000
 MOST_NAMES = 2**16  # of values, and of tensors
 MOST_DIMENSIONS = 4
 

@@ -315,7 +315,7 @@ def test_gpt2_on_all_real_data(gpt2: Tokenizer) -> None:
     num_bytes = 0
     for name, text in real_texts():
         num_bytes += len(text.encode())
-        ids = gpt2.encode(text)
-        assert ids == theirs(text), name
-        assert ids == [token for piece in gpt2.cut(text) for token in backend(piece)], name
+        assert gpt2.encode(text) == theirs(text), name
+        beginning = text[:200_000]
+        assert gpt2.encode(beginning) == [token for piece in gpt2.cut(beginning) for token in backend(piece)], name
     assert num_bytes > 30_000_000

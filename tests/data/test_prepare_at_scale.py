@@ -251,8 +251,10 @@ def test_a_full_disk_is_no_unreadable_file(library: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_to_the_same_files(library: Path, tmp_path: Path) -> None:
-    """Fifty kills of whole process groups, spread over the time that an undisturbed run takes."""
+def test_killed_at_any_moment_it_goes_on_to_the_same_files(
+    library: Path, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """Kills of whole process groups, spread over the time that an undisturbed run takes."""
     big = tmp_path / "big"
     rng = random.Random(10)
     write_documents(big, [prose(rng, 4000) for _ in range(60)])
@@ -266,7 +268,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_files(library: Path, tmp_pa
     seconds = time.monotonic() - started
     expected = json.loads((tmp_path / "straight" / "manifest.json").read_text())
     output = tmp_path / "killed"
-    moments = np.linspace(0.05, 0.98, 50) * seconds
+    moments = np.linspace(0.05, 0.98, pytestconfig.getoption("--kills")) * seconds
     for moment in rng.sample(list(moments), len(moments)):
         process = subprocess.Popen(
             command(output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True

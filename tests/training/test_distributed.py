@@ -140,7 +140,7 @@ def test_a_lost_process_ends_the_run_and_a_restart_finishes_it(tmp_path, alone, 
             assert_same_within_rounding(alone, run, "checkpoint_step_50")
         else:
             assert process.returncode != 0
-            assert "lost the connection to another one" in errors
+            assert "lost the connection to another one" in errors, errors
             assert sorted(run.glob("checkpoint_*"))
             assert not list(run.glob(".checkpoint_*"))
 

@@ -137,7 +137,13 @@ def slower_by(factor, *, since):
     return lambda step: 1.0 if step < since else factor
 
 
-BUDGET = {"preset": "modern", "training.max_minutes": 4.0, "training.eval_interval": None, "training.sample_tokens": 0}
+BUDGET = {
+    "preset": "modern",
+    "training.compile": "off",
+    "training.max_minutes": 4.0,
+    "training.eval_interval": None,
+    "training.sample_tokens": 0,
+}
 
 
 @pytest.mark.parametrize(

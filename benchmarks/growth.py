@@ -82,6 +82,7 @@ def plot(grown: dict[str, list[dict[str, float]]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogFormatter, NullLocator, ScalarFormatter
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, (key, rows) in zip(axes, grown.items(), strict=True):
@@ -90,6 +91,10 @@ def plot(grown: dict[str, list[dict[str, float]]], path: Path) -> None:
         axis.loglog(x, [row["us a token"] / row["over the fit"] for row in rows], "--", label="fit over FLOPs")
         axis.set(xlabel={"parameters": "parameters, millions", "context": "context, tokens"}[key])
         axis.set(ylabel="µs a token, forward, backward and update")
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticks(x, [f"{value:.3g}" if value < 100 else f"{value:,.0f}" for value in x])
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         axis.grid(visible=True, which="both", alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=120)

@@ -4,7 +4,7 @@
     python benchmarks/reliability.py --text FOLDER --only overhead
 
 `FOLDER` is a text for the demo's model, whose training with a checkpoint every 100 steps is timed against the steps
-alone. The rest are tests of `tests/training`, run with larger numbers; each row is one of them.
+alone. The rest are tests, most of `tests/training`, run with larger numbers; each row is one of them.
 """
 
 import argparse

@@ -58,7 +58,7 @@ def train(run: Run) -> None:
         tensorboard=training.tensorboard,
         is_silent=not run.world.is_main,
     )
-    with run_log, stop_signals() as stop, Saver(run) as saver:
+    with run_log, stop_signals(is_alone=run.world.size == 1) as stop, Saver(run) as saver:
         model.train()
         if state.is_unfinished:
             finish_step(run, run_log, saver, stop)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
+from sheepop.utils.logging import log
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["copies", "sheepop.cli", "sheepop.training.run", "torch.distributed.fsdp"])
 
@@ -73,6 +75,12 @@ SMALL_PEAK = {"sheepop.utils.devices.PEAK_SIZES": {"cpu": 64}}  # as in `tests/c
 def always(*_: object) -> bool:
     """Stand where another answer is expected."""
     return True
+
+
+def log_while_torchrun_ends_it(message: str) -> None:
+    """Say something just after the signal came that ends the processes which are left."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    log(message)
 
 
 class Copies:

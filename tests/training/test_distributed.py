@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from copies import Break
+from copies import Break, log_while_torchrun_ends_it
 from safetensors.torch import load_file
 
 from sheepop.training.distributed import World, agree_on_any, join_world, on_main, sum_over_processes
@@ -143,6 +143,16 @@ def test_a_lost_process_ends_the_run_and_a_restart_finishes_it(tmp_path, alone, 
             assert "lost the connection to another one" in errors, errors
             assert sorted(run.glob("checkpoint_*"))
             assert not list(run.glob(".checkpoint_*"))
+
+
+def test_a_process_that_lost_another_says_so_before_it_is_ended(tmp_path, alone, run_program):
+    lost = Break("kill-before", "sheepop.training.step.micro_batch_loss", 8)
+    patches = {"sheepop.cli.log": log_while_torchrun_ends_it}
+    done = run_program(
+        "train", "--config", alone / "config.json", "--output", tmp_path / "run", count=2, breaks=lost, patches=patches
+    )
+    assert "lost the connection to another one" in done.written()[1]
+    assert done.returncode > 0
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ tokens: forward, backward, clipping to 1, AdamW; nanoGPT's architecture is ours 
 `of peak` is the share of the operations that the device can do at best (`peak_flops`), by the same count of the model's
 operations for both (`training_flops_per_token`). Idle threads of both wait politely, as the command lets them. `FOLDER`
 is a checkout of nanoGPT, whose `model.py` is used as its `train.py` does: on a GPU with TensorFloat-32 for what is left
-in fp32, and with no loss read from the device; ours reads its loss and its norm at each step, as in a run.
+in fp32, and with no loss read from the device; ours has its loss and its norm queued for Python there, as a run has,
+which reads them a step later.
 """
 
 import argparse
@@ -37,6 +38,8 @@ from sheepop.models.transformer import TransformerModel
 from sheepop.training import trainer
 from sheepop.training.compiling import keep_compiled_code
 from sheepop.training.distributed import World
+from sheepop.training.guard import Guard
+from sheepop.training.late_steps import Refusals
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.run import start_run
 from sheepop.training.state import Learner, TrainingState
@@ -120,7 +123,8 @@ def our_step(task: Task) -> Callable[[], object]:
     )
     token_ids, targets = task.random_tokens()
     micro_batch = MicroBatch(0, token_ids, targets, targets.numel())
-    return lambda: train_step(learner, [micro_batch], step=0, learning_rate=1e-3)
+    refusals = Refusals(Guard(), config.training, task.device) if task.device.type == "cuda" else None
+    return lambda: train_step(learner, [micro_batch], step=0, learning_rate=1e-3, refusals=refusals)
 
 
 def nanogpt_step(task: Task, checkout: Path) -> Callable[[], object]:

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -218,7 +217,7 @@ def start(tmp_path):
     started: list[Copies] = []
 
     def start(
-        *arguments: object, count: int = 1, breaks: Break | None = None, patches: Mapping[str, object] | None = None
+        *arguments: object, count: int = 1, breaks: Break | None = None, patches: dict[str, object] | None = None
     ) -> Copies:
         folder = tmp_path / f"copies-{len(started)}"
         folder.mkdir()

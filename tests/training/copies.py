@@ -17,10 +17,12 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
+from sheepop.cli import main
+from sheepop.utils import devices
 from sheepop.utils.logging import log
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["copies", "sheepop.cli", "sheepop.training.run", "torch.distributed.fsdp"])
+CONTEXT.set_forkserver_preload(["copies", "sheepop.training.run", "torch.distributed.fsdp"])
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,6 @@ class Break:
         return function
 
 
-SMALL_PEAK = {"sheepop.utils.devices.PEAK_SIZES": {"cpu": 64}}  # as in `tests/conftest.py`
-
-
 def always(*_: object) -> bool:
     """Stand where another answer is expected."""
     return True
@@ -91,6 +90,7 @@ class Copies:
 
     def __init__(self, folder: Path, arguments: tuple[object, ...], count: int, breaks: Break | None, patches: dict):
         self.files = folder / "output", folder / "errors"
+        patches = {"sheepop.utils.devices.PEAK_SIZES": devices.PEAK_SIZES} | patches  # which the tests have changed
         environment = {}
         if count > 1:
             self.store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -100,7 +100,7 @@ class Copies:
         for rank in range(count):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
             breaking = breaks if rank == count - 1 else None
-            run = (list(map(str, arguments)), environment | ranks, self.files, breaking, SMALL_PEAK | patches)
+            run = (list(map(str, arguments)), environment | ranks, self.files, breaking, patches)
             self.processes.append(CONTEXT.Process(target=run_in_copy, args=run))
             self.processes[-1].start()
 
@@ -148,4 +148,4 @@ def run_in_copy(
         setattr(pkgutil.resolve_name(owner), attribute, value)
     if breaks:
         breaks.install()
-    pkgutil.resolve_name("sheepop.cli.main")(arguments)
+    main(arguments)

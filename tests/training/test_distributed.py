@@ -34,12 +34,11 @@ def read_metrics(run, kind):
     return [line for line in lines if line["type"] == kind]
 
 
-def torchrun(num_processes, *command, restarts=0):
-    """Start `sheepop` in several processes on this machine by the program that users start it by."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    restart = ["--max-restarts", str(restarts)] if restarts else []
+def torchrun(*command):
+    """Start `sheepop` in two processes by the program that users start it by, which restarts it once."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     return subprocess.Popen(
-        [sys.executable, *launcher, *restart, "-m", "sheepop", *map(str, command)],
+        [sys.executable, *launcher, "-m", "sheepop", *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -130,7 +129,7 @@ def children_of(process):
 def test_a_lost_process_is_replaced_by_a_restart_that_finishes_the_run(tmp_path, alone, wait_for_step):
     run = tmp_path / "run"
     command = ["train", "--config", alone / "config.json", "--training.save_interval", "2", "--output", run]
-    process = torchrun(2, *command, restarts=1)
+    process = torchrun(*command)
     wait_for_step(run, 7, process)
     os.kill(children_of(process)[-1], signal.SIGKILL)
     finish(process)
@@ -171,7 +170,7 @@ def test_a_restart_does_not_go_on_with_a_run_that_is_not_its_own(tmp_path, alone
     run = tmp_path / "run"
     shutil.copytree(alone, run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    process = torchrun(2, "train", "--config", alone / "config.json", "--output", run, restarts=1)
+    process = torchrun("train", "--config", alone / "config.json", "--output", run)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "already holds a run" in errors

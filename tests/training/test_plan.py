@@ -248,7 +248,7 @@ def test_what_training_would_refuse_planning_refuses(overrides):
         make_plan(None, preset=None, overrides=overrides | {"model.max_seq_len": 5000, "data.max_length": 5000})
 
 
-def run_program(*arguments):
+def run_command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "sheepop", *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -261,7 +261,7 @@ def run_program(*arguments):
 def test_the_command_prints_a_table_or_one_json_value(corpus_folder, tmp_path):
     sizes = "--model.d_model 20 --model.num_heads 5 --model.num_layers 2 --model.max_seq_len 14 --device cpu".split()
     given = ["plan", "--data", corpus_folder, "--output", tmp_path / "run", *sizes, "--training.batch_size", 3]
-    done = run_program(*given, "--training.max_steps", 9, "--json")
+    done = run_command(*given, "--training.max_steps", 9, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert "measuring" in done.stderr
@@ -276,13 +276,13 @@ def test_the_command_prints_a_table_or_one_json_value(corpus_folder, tmp_path):
     assert result["flops"]["per_step"] == result["flops"]["per_token"] * 3 * 14
     assert 0 < result["mfu"] < 1
 
-    table = run_program(*given, "--training.max_steps", 9)
+    table = run_command(*given, "--training.max_steps", 9)
     assert table.returncode == 0, table.stderr
     for word in ("parameters", "activations", "a step", "checkpoints", "available"):
         assert word in table.stdout
     assert not (tmp_path / "run").exists()
 
-    wrong = run_program(*given, "--training.max_step", 9)
+    wrong = run_command(*given, "--training.max_step", 9)
     assert wrong.returncode == 2
     assert "max_steps" in wrong.stderr
 

@@ -103,10 +103,8 @@ def test_the_cpus_peak_is_measured_in_the_precision_used(monkeypatch):
         return 1.0 if len(products) == 1 else 0.5
 
     monkeypatch.setattr(devices, "_best_seconds", seconds)
-    both_libraries = torch.backends.mkldnn.is_available()
-    assert peak_flops(CPU) == 2 * devices.PEAK_SIZES["cpu"] ** 3 / (
-        0.5 if both_libraries else 1.0
-    )  # the faster of the two
+    fastest = 0.5 if torch.backends.mkldnn.is_available() else 1.0  # of two libraries
+    assert peak_flops(CPU) == 2 * devices.PEAK_SIZES["cpu"] ** 3 / fastest
     assert set(products) == {torch.float32}
     products.clear()
     peak_flops(CPU, torch.bfloat16)

@@ -44,6 +44,8 @@ from sheepop.training.optimizer import make_optimizer
 from sheepop.training.run import start_run
 from sheepop.training.state import Learner, TrainingState
 from sheepop.training.step import MicroBatch, train_step
+from sheepop.training.weight_gradients import faster, make_weight_gradients_by, product_to_time
+from sheepop.training.weight_gradients import measure as measure_ways
 from sheepop.utils.devices import BF16, FP32, Precision, peak_flops, resolve_device
 from sheepop.utils.memory import peak_resident_bytes
 from sheepop.utils.runtime import keep_freed_memory
@@ -108,6 +110,9 @@ def our_step(task: Task) -> Callable[[], object]:
     keep_freed_memory()
     config = task.config()
     model = TransformerModel(config.model).to(task.device)
+    token_ids, targets = task.random_tokens()
+    if task.precision is FP32:
+        make_weight_gradients_by(faster(measure_ways(*product_to_time(model, token_ids.numel()))), model)
     if task.compiled:
         keep_compiled_code()
         model.compile_blocks(True)
@@ -121,7 +126,6 @@ def our_step(task: Task) -> Callable[[], object]:
         "none",
         TrainingState(total_steps=1, data_fingerprint=""),
     )
-    token_ids, targets = task.random_tokens()
     micro_batch = MicroBatch(0, token_ids, targets, targets.numel())
     refusals = Refusals(Guard(), config.training, task.device) if task.device.type == "cuda" else None
     return lambda: train_step(learner, [micro_batch], step=0, learning_rate=1e-3, refusals=refusals)

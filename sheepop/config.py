@@ -231,6 +231,11 @@ class TrainingConfig(Section):
         description="compile the blocks with torch.compile; auto does where a compiler is there, measured steps are "
         "faster and the run is long enough to repay it",
     )
+    weight_gradients: Literal["auto", "onednn", "blas"] = Field(
+        "auto",
+        description="the library for gradients of large fp32 weights on a CPU where oneDNN makes the other products, "
+        "not on Intel's; auto measures which is faster where the run is long enough to repay it",
+    )
     activation_checkpointing: bool = Field(
         False, description="keep one activation a layer and compute the others again: less memory, a third more work"
     )
@@ -339,6 +344,10 @@ class Config(Section):
                 "packed (data.packing best_fit) cannot overlap; leave the stride out, or choose packing concatenate"
             )
         return self
+
+    def with_training(self, **changes: Any) -> "Config":
+        """Return these settings with some of the training's changed."""
+        return self.model_copy(update={"training": self.training.model_copy(update=changes)})
 
 
 # A preset's value may be a function of the other model settings, so that switching one of them alone still fits.

@@ -2,7 +2,9 @@
 
 PyTorch sends fp32 products to MKL, which holds back on processors that its maker did not build. For the same product
 the oneDNN library beside it takes up to a third less time on an AMD EPYC with AVX2 and less than half on one with whole
-AVX-512 units (Zen 5), but up to a half more on an Intel Xeon (`benchmarks/linear.py`).
+AVX-512 units (Zen 5), but up to a half more on an Intel Xeon (`benchmarks/linear.py`). Gradients of weights, sums over
+all tokens, are the exception: which library is faster differs from processor to processor, so that a run measures it
+(`training/weight_gradients.py`).
 """
 
 import platform
@@ -28,9 +30,11 @@ class Linear(nn.Linear):
     """PyTorch's linear layer, without its own initialisation: the model draws all its weights in one place.
 
     With `learns_in_fp8` its products are made in 8 bits where it learns (`fp8.py`); evaluation and generation never do.
+    With `gradient_by_onednn` oneDNN makes a large weight's gradient, too, where it makes the layer's other products.
     """
 
     learns_in_fp8 = False
+    gradient_by_onednn = True
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
@@ -39,13 +43,14 @@ class Linear(nn.Linear):
         """Map (..., I) to (..., O)."""
         if self.learns_in_fp8 and self.training and torch.is_grad_enabled():
             return fp8_linear(hidden, self.weight, self.bias)
-        return linear(hidden, self.weight, self.bias)
+        return linear(hidden, self.weight, self.bias, gradient_by_onednn=self.gradient_by_onednn)
 
 
-def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, gradient_by_onednn: bool = True) -> Tensor:
     """Return `torch.nn.functional.linear(hidden, weight, bias)` within rounding: (..., I) to (..., O)."""
     if prefers_onednn(hidden, weight):
-        return OneDNNLinear.apply(hidden, weight, bias)  # type: ignore[no-untyped-call, no-any-return]
+        by_onednn = gradient_by_onednn and weight.numel() >= LEAST_WEIGHTS
+        return OneDNNLinear.apply(hidden, weight, bias, by_onednn)  # type: ignore[no-untyped-call, no-any-return]
     return F.linear(hidden, weight, bias)
 
 
@@ -124,17 +129,28 @@ def shape_of_product(left: Tensor, right: Tensor, _bias: Tensor | None) -> Tenso
     return left.new_empty(*left.shape[:-1], right.shape[0])
 
 
+def weight_gradient_by_onednn(inputs: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient (O, I) of a weight for inputs (N, I) and the gradient (N, O) of what came out."""
+    return onednn_product(inputs.t(), gradient.t()).t()
+
+
+def weight_gradient_by_blas(inputs: Tensor, gradient: Tensor) -> Tensor:
+    """Do the same by the library that PyTorch uses by itself, MKL on x86."""
+    return gradient.t() @ inputs
+
+
 class OneDNNLinear(torch.autograd.Function):
     """A linear layer by oneDNN, forward and backward; its stock PyTorch operator has no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, gradient_by_onednn: bool) -> Tensor:
         """Map (..., I) to (..., O)."""
         ctx.save_for_backward(hidden, weight)
+        ctx.gradient_by_onednn = gradient_by_onednn
         return onednn_product(hidden, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         """Return the gradients of hidden, weight and bias, for the gradient (..., O) of what came out."""
         hidden, weight = ctx.saved_tensors
         rows = gradient.flatten(0, -2)  # (N, O)
@@ -142,11 +158,8 @@ class OneDNNLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             hidden_gradient = onednn_product(gradient, weight.t())
         if ctx.needs_input_grad[1]:
-            inputs = hidden.flatten(0, -2)  # (N, I)
-            if weight.numel() >= LEAST_WEIGHTS:
-                weight_gradient = onednn_product(inputs.t(), rows.t()).t()
-            else:
-                weight_gradient = rows.t() @ inputs
+            by = weight_gradient_by_onednn if ctx.gradient_by_onednn else weight_gradient_by_blas
+            weight_gradient = by(hidden.flatten(0, -2), rows)
         if ctx.needs_input_grad[2]:
             bias_gradient = rows.sum(0)
-        return hidden_gradient, weight_gradient, bias_gradient
+        return hidden_gradient, weight_gradient, bias_gradient, None

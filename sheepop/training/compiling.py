@@ -4,7 +4,6 @@ Decided once, before the first step, and written into the run's settings as `on`
 places, so that a resumed run must go the way it began.
 """
 
-from sheepop.config import Config
 from sheepop.models.sizing import training_flops_per_token
 from sheepop.training.batches import batch_loader
 from sheepop.training.distributed import on_main
@@ -42,22 +41,14 @@ def decide_compiling(run: Run) -> None:
     if decision:
         keep_compiled_code()
     run.model.compile_blocks(decision)
-    run.config = with_compiling(run.config, "on" if decision else "off")
-
-
-def with_compiling(config: Config, decision: str) -> Config:
-    """Return the settings with `training.compile` settled."""
-    return config.model_copy(update={"training": config.training.model_copy(update={"compile": decision})})
+    run.config = run.config.with_training(compile="on" if decision else "off")
 
 
 def pays(run: Run) -> bool:
     """Say whether the run ends earlier with compiled blocks, by some of its steps made both ways without an update."""
     training, device = run.config.training, run.model.device.type
-    tokens = training.batch_size * training.gradient_accumulation_steps * run.config.data.max_length
-    total_steps = total_steps_without_clock(training, run.sampler.steps_per_epoch)
-    steps = None if total_steps is None else total_steps - run.state.step
-    flops = tokens * training_flops_per_token(run.config.model, run.config.data.max_length)
-    if steps is not None and steps * flops < LEAST_FLOPS[device]:
+    steps = steps_left(run)
+    if is_over_soon(run):
         return say(run, False, f"{steps} steps of this size are over before it pays")
     eager = measure(run)
     seconds = 60 * (training.max_minutes or 0.0) if steps is None else steps * eager
@@ -71,6 +62,20 @@ def pays(run: Run) -> bool:
         return say(run, False, f"the compiler failed: {str(error).strip().splitlines()[0]}")
     times = f"a step takes {compiled * 1000:.3g} ms compiled and {eager * 1000:.3g} ms not"
     return say(run, compiled < (1 - LEAST_SAVED) * eager, times)
+
+
+def steps_left(run: Run) -> int | None:
+    """Return how many steps the run still makes; None where the clock decides."""
+    total_steps = total_steps_without_clock(run.config.training, run.sampler.steps_per_epoch)
+    return None if total_steps is None else total_steps - run.state.step
+
+
+def is_over_soon(run: Run) -> bool:
+    """Say whether the run has so few operations left that not even a measurement is repaid."""
+    training, context, steps = run.config.training, run.config.data.max_length, steps_left(run)
+    tokens = training.batch_size * training.gradient_accumulation_steps * context
+    flops = tokens * training_flops_per_token(run.config.model, context)
+    return steps is not None and steps * flops < LEAST_FLOPS[run.model.device.type]
 
 
 def measure(run: Run) -> float:

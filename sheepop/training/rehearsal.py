@@ -34,6 +34,7 @@ from sheepop.training.speed import precision_of
 from sheepop.training.state import Learner, Run, TrainingState
 from sheepop.training.step import MicroBatch, train_step
 from sheepop.training.validation import sample_text, validate
+from sheepop.training.weight_gradients import decide_weight_gradients
 from sheepop.utils.devices import Precision, peak_flops, resolve_device
 from sheepop.utils.logging import log
 from sheepop.utils.memory import available_bytes, forget_peak, peak_resident_bytes, resident_bytes
@@ -165,6 +166,7 @@ def measure(run: Run) -> Times:
     is_whole = affordable >= full
     compiling = 0.0
     if is_whole:
+        decide_weight_gradients(run)
         began = time.perf_counter()
         decide_compiling(run)  # as the run will; what is compiled here is kept for it
         is_compiled = run.config.training.compile == "on"

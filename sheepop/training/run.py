@@ -23,7 +23,7 @@ from sheepop.models.pretrained import (
 from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.checkpoint import read_state, resolve_resume, restore, restore_weights
-from sheepop.training.compiling import decide_compiling, with_compiling
+from sheepop.training.compiling import decide_compiling
 from sheepop.training.dial import choose_settings, compare_with_expectation, is_dial, note_expectation
 from sheepop.training.distributed import (
     World,
@@ -44,12 +44,16 @@ from sheepop.training.schedule import learning_rate_at
 from sheepop.training.speed import precision_of
 from sheepop.training.state import Run, TrainingState
 from sheepop.training.trainer import train
+from sheepop.training.weight_gradients import decide_weight_gradients
 from sheepop.utils.devices import resolve_device
 from sheepop.utils.errors import CheckpointError, ConfigError, DataError
 from sheepop.utils.files import write_json
 from sheepop.utils.logging import format_count, log, warn
 from sheepop.utils.runtime import keep_freed_memory
 from sheepop.utils.seeds import derive_seed
+
+# Settings left open until the first step, with what versions did that did not ask.
+DECIDED_AT_START = {"compile": "off", "weight_gradients": "onednn"}
 
 # Settings that a resumed run may change without becoming another run: they say how it is watched, kept and loaded.
 FREE_TO_CHANGE = {
@@ -151,6 +155,7 @@ def start_run(
             resume_from(run, checkpoint, accept_changes=accept_changes)
         elif origin is not None:
             begin_with(run, origin)
+        decide_weight_gradients(run)
         decide_compiling(run)
         if world.is_main:
             write_json(run_folder / "config.json", run.config.model_dump())
@@ -375,10 +380,11 @@ def resume_from(run: Run, checkpoint: Path, *, accept_changes: bool) -> None:
         ConfigError: settings that change the course of training differ, and that was not accepted.
     """
     before = read_settings(checkpoint)
-    if before.training.compile == "auto":  # of a version that did not compile
-        before = with_compiling(before, "off")
-    if run.config.training.compile == "auto":
-        run.config = with_compiling(run.config, before.training.compile)
+    for name, undecided in DECIDED_AT_START.items():
+        if getattr(before.training, name) == "auto":
+            before = before.with_training(**{name: undecided})
+        if getattr(run.config.training, name) == "auto":
+            run.config = run.config.with_training(**{name: getattr(before.training, name)})
     changes = changed_settings(before, run.config)
     saved_tokenizer = Tokenizer.load(checkpoint)
     if saved_tokenizer.fingerprint != run.tokenizer.fingerprint:

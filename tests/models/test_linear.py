@@ -6,7 +6,6 @@ from torch.nn import functional as F
 
 from sheepop.models.linear import (
     LEAST_PRODUCTS,
-    LEAST_WEIGHTS,
     OneDNNLinear,
     add_product,
     linear,
@@ -26,28 +25,29 @@ def tensors(rows, inputs, outputs, bias):
 @needs_onednn
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("inputs", "outputs"), [(24, 36), (480, 640)], ids=["small", "large"])
-def test_onednn_gives_the_stock_layers_values_and_gradients(inputs, outputs, bias, monkeypatch):
-    monkeypatch.setattr("sheepop.models.linear.LEAST_WEIGHTS", 2**18)
+@pytest.mark.parametrize("gradient_by_onednn", [False, True])
+def test_onednn_gives_the_stock_layers_values_and_gradients(inputs, outputs, bias, gradient_by_onednn):
     arguments = tensors((3, 50), inputs, outputs, bias)
-    ours = OneDNNLinear.apply(*arguments, *([] if bias else [None]))
+    ours = OneDNNLinear.apply(*arguments, *([] if bias else [None]), gradient_by_onednn)
     stock = F.linear(*arguments)
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
     weights = torch.randn(stock.shape, generator=torch.Generator().manual_seed(1))
     expected = torch.autograd.grad((stock * weights).sum(), arguments)
     for gradient, same in zip(torch.autograd.grad((ours * weights).sum(), arguments), expected, strict=True):
         torch.testing.assert_close(gradient, same, rtol=1e-4, atol=2e-3)
-    assert (outputs * inputs >= 2**18) == (inputs == 480)  # both kinds of weight gradient were seen
 
 
 @needs_onednn
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("bias", [False, True])
-def test_compiled_code_goes_to_onednn_too(bias, monkeypatch):
+@pytest.mark.parametrize("gradient_by_onednn", [False, True])
+def test_compiled_code_goes_to_onednn_too(bias, gradient_by_onednn, monkeypatch):
+    monkeypatch.setattr("sheepop.models.linear.LEAST_WEIGHTS", 256 * 128)
     monkeypatch.setattr("sheepop.models.linear.IS_INTEL", False)
     arguments = tensors((30, 50), 128, 256, bias)
 
     def activated(*arguments):
-        return linear(*arguments).relu() * 2
+        return linear(*arguments, gradient_by_onednn=gradient_by_onednn).relu() * 2
 
     def learn():
         result = compiled_function(*arguments)
@@ -63,7 +63,7 @@ def test_compiled_code_goes_to_onednn_too(bias, monkeypatch):
 
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
     compiled, gradients = learn()
-    assert len(products) == 1 + 1 + (LEAST_WEIGHTS <= 256 * 128)
+    assert len(products) == 1 + 1 + gradient_by_onednn
     expected = F.linear(*arguments).relu() * 2
     torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
     for gradient, same in zip(gradients, torch.autograd.grad(expected.square().sum(), arguments), strict=True):

@@ -14,7 +14,6 @@ from sheepop.models.sizing import training_flops_per_token
 from sheepop.models.transformer import TransformerModel
 from sheepop.training import plan as planning
 from sheepop.training import rehearsal
-from sheepop.training.compiling import with_compiling
 from sheepop.training.plan import (
     changed,
     count_multiples,
@@ -219,7 +218,7 @@ def test_compiling_is_decided_as_the_run_will_and_its_time_counts(overrides, mon
     def decide(run):
         decided.append(run)
         time.sleep(0.05)
-        run.config = with_compiling(run.config, "on")
+        run.config = run.config.with_training(compile="on")
 
     overrides |= {"training.max_steps": None, "training.max_minutes": 0.5}
     eager = make_plan(None, preset=None, overrides=overrides | {"training.compile": "off"})

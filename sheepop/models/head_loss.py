@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sheepop.models.linear import add_product, product
+from sheepop.models.linear import add_weight_gradient, product
 
 # Small vocabularies: one chunk of up to 16 MiB of fp32 logits, less than a processor's last cache and large enough that
 # the calls do not count. Large ones: each chunk reads and writes the weight's whole gradient, which so many rows repay
@@ -95,7 +95,7 @@ class HeadLoss(torch.autograd.Function):
             if hidden_gradient is not None:
                 torch.mul(product(errors, matrix.t()), is_real, out=hidden_gradient[start : start + rows])
             if weight_gradient is not None:
-                add_product(weight_gradient, errors.t(), (inputs * is_real).t(), is_first=start == 0)
+                add_weight_gradient(weight_gradient, inputs * is_real, errors, is_first=start == 0)
             del scores, errors  # before the next ones are made
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return loss

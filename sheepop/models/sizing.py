@@ -233,7 +233,7 @@ def logits_bytes(
 
     In fp32 on a CPU log-softmax and gradient take the logits' place. On a GPU there are two fp32 ones at a time, and
     with mixed precision on a CPU one and the gradient in the computing type. At the end there are the gradients of what
-    the head reads and of its weight; with mixed precision a part of the latter (`add_product`) stands beside it.
+    the head reads and of its weight; with mixed precision a part of the latter stands beside it.
     """
     rows = min(batch_size * context, rows_at_once(config.vocab_size, "cuda" if on_gpu else "cpu"))
     is_mixed = bytes_per_number < 4

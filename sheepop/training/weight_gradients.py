@@ -41,13 +41,13 @@ def decide_weight_gradients(run: Run) -> None:
 
 
 def make_weight_gradients_by(way: str, model: TransformerModel) -> None:
-    """Let the model's blocks go this way where oneDNN makes their other products."""
-    for layer in linear_layers(model):
+    """Let the model's blocks go this way where oneDNN makes their other products; it does the head's well."""
+    for layer in layers_of_blocks(model):
         layer.gradient_by_onednn = way == "onednn"
 
 
-def linear_layers(model: TransformerModel) -> list[Linear]:
-    """Return the layers that sum a weight's gradient over all tokens at once; the head does so chunk by chunk."""
+def layers_of_blocks(model: TransformerModel) -> list[Linear]:
+    """Return the linear layers but for the head, whose gradient `head_loss.py` makes of some tokens at a time."""
     return [module for module in model.blocks.modules() if isinstance(module, Linear)]
 
 
@@ -67,7 +67,7 @@ def choose(run: Run) -> str:
 
 def product_to_time(model: TransformerModel, tokens: int) -> tuple[Tensor, Tensor]:
     """Return an input (N, I) and a gradient (N, O) for the largest weight in the blocks, of at most `MOST_TOKENS`."""
-    outputs, inputs = max((layer.weight.shape for layer in linear_layers(model)), key=lambda shape: shape.numel())
+    outputs, inputs = max((layer.weight.shape for layer in layers_of_blocks(model)), key=lambda shape: shape.numel())
     rows = min(MOST_TOKENS, tokens)
     return torch.ones(rows, inputs, device=model.device), torch.ones(rows, outputs, device=model.device)
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from sheepop.models.linear import (
     LEAST_PRODUCTS,
     OneDNNLinear,
-    add_product,
+    add_weight_gradient,
     linear,
     prefers_onednn,
     product,
@@ -100,12 +100,24 @@ def test_products_without_a_gradient_are_the_same_by_either_library(intel, most_
     total = torch.full((300, 128), math.nan)
     assert product(left, right, out=total) is total
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-4)
-    add_product(total, left, right, is_first=True)
+
+
+@needs_onednn
+@pytest.mark.parametrize("intel", [False, True])
+@pytest.mark.parametrize("most_at_once", [2**22, 5_000, 1])
+@pytest.mark.parametrize(("inputs", "outputs"), [(128, 300), (300, 128)], ids=["wide", "narrow"])
+def test_weight_gradients_are_added_up_the_same_either_way(intel, most_at_once, inputs, outputs, monkeypatch):
+    monkeypatch.setattr("sheepop.models.linear.MOST_AT_ONCE", most_at_once)
+    monkeypatch.setattr("sheepop.models.linear.IS_INTEL", intel)
+    monkeypatch.setattr("sheepop.models.linear.LEAST_PRODUCTS", 0)
+    hidden, gradient = torch.randn(256, inputs), torch.randn(256, outputs)
+    expected = gradient.double().t() @ hidden.double()
+    total = torch.full((outputs, inputs), math.nan)
+    add_weight_gradient(total, hidden, gradient, is_first=True)
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-4)
-    add_product(total, left, right, is_first=False)
+    add_weight_gradient(total, hidden, gradient, is_first=False)
     torch.testing.assert_close(total.double(), 2 * expected, rtol=1e-5, atol=1e-4)
-    low = [tensor.bfloat16() for tensor in (left, right)]
-    add_product(total, *low, is_first=True)
+    add_weight_gradient(total, hidden.bfloat16(), gradient.bfloat16(), is_first=True)
     assert float((total - expected).norm()) < 0.01 * float(expected.norm())
 
 

@@ -64,7 +64,7 @@ def test_the_faster_way_is_measured_said_and_used(
     )
     run = train_in(tmp_path / "run", **SETTINGS)
     assert saved_setting(run) == expected
-    assert set(used) == {expected}
+    assert ("blas" in used) == (expected == "blas")  # the head's is always oneDNN's
     config = tiny_config(**SETTINGS)
     tokens = config.training.batch_size * config.data.max_length
     assert {shape[0] for shape in shapes} == {tokens}
@@ -81,7 +81,7 @@ def test_a_run_goes_on_as_it_began(tmp_path, train_in, used):
     more = SETTINGS | {"training.max_steps": 4, "training.schedule": "constant"}
     run = train_in(tmp_path / "run", resume="auto", accept_changes=True, **more)
     assert saved_setting(run) == "blas"
-    assert set(used) == {"blas"}
+    assert used.count("onednn") < used.count("blas")  # the head's alone
     with pytest.raises(ConfigError, match=r"training\.weight_gradients: blas -> onednn"):
         train_in(tmp_path / "run", resume="auto", **more, **{"training.weight_gradients": "onednn"})
 

@@ -1,4 +1,4 @@
-"""Setting up a run: its folder, its text, its model; fresh or resumed."""
+"""Setting up a run: its folder, its text, its model."""
 
 import time
 from contextlib import ExitStack, nullcontext
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from sheepop.config import LENGTH_KEYS, Config, ModelConfig, TrainingConfig, load_config
+from sheepop.config import Config, ModelConfig, TrainingConfig, load_config
 from sheepop.data.corpus import Corpus, open_corpus
 from sheepop.data.packing import PackingPlan, open_plan
 from sheepop.data.prepare import prepare_on_the_way
@@ -22,7 +22,7 @@ from sheepop.models.pretrained import (
 )
 from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel
-from sheepop.training.checkpoint import read_state, resolve_resume, restore, restore_weights
+from sheepop.training.checkpoint import resolve_resume, restore_weights
 from sheepop.training.compiling import decide_compiling
 from sheepop.training.dial import choose_settings, compare_with_expectation, is_dial, note_expectation
 from sheepop.training.distributed import (
@@ -33,14 +33,12 @@ from sheepop.training.distributed import (
     local_device,
     on_main,
 )
-from sheepop.training.length import total_steps_without_clock
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.plan_advice import warn_if_too_large
 from sheepop.training.profiling import profile_steps
 from sheepop.training.recipe import Choice
+from sheepop.training.resuming import resume_from
 from sheepop.training.run_folder import find_start, hold_folder, was_begun_by_this_launch
-from sheepop.training.saver import mark_best
-from sheepop.training.schedule import learning_rate_at
 from sheepop.training.speed import precision_of
 from sheepop.training.state import Run, TrainingState
 from sheepop.training.trainer import train
@@ -51,35 +49,6 @@ from sheepop.utils.files import write_json
 from sheepop.utils.logging import format_count, log, warn
 from sheepop.utils.runtime import keep_freed_memory
 from sheepop.utils.seeds import derive_seed
-
-# Settings left open until the first step, with what versions did that did not ask.
-DECIDED_AT_START = {"compile": "off", "weight_gradients": "onednn"}
-
-# Settings that a resumed run may change without becoming another run: they say how it is watched, kept and loaded.
-FREE_TO_CHANGE = {
-    "preset",
-    "device",
-    "model.attention",
-    "training.parallel",
-    "training.activation_checkpointing",
-    "training.on_bad_numbers",
-    "training.max_skipped_steps",
-    "training.save_dir",
-    "training.save_interval",
-    "training.keep_last",
-    "training.keep_every",
-    "training.async_save",
-    "training.log_interval",
-    "training.eval_interval",
-    "training.eval_max_tokens",
-    "training.sample_interval",
-    "training.sample_prompt",
-    "training.sample_tokens",
-    "training.tensorboard",
-    "data.path",
-    "data.data_dir",
-    "data.num_workers",
-}
 
 
 def start_run(
@@ -372,101 +341,6 @@ def open_packing(config: Config, corpus: Corpus, end_of_text_id: int, world: Wor
     return made[0] if made else make_plan()
 
 
-def resume_from(run: Run, checkpoint: Path, *, accept_changes: bool) -> None:
-    """Bring `run` to where `checkpoint` stands.
-
-    Raises:
-        CheckpointError: the checkpoint belongs to another text, vocabulary or model.
-        ConfigError: settings that change the course of training differ, and that was not accepted.
-    """
-    before = read_settings(checkpoint)
-    for name, undecided in DECIDED_AT_START.items():
-        if getattr(before.training, name) == "auto":
-            before = before.with_training(**{name: undecided})
-        if getattr(run.config.training, name) == "auto":
-            run.config = run.config.with_training(**{name: getattr(before.training, name)})
-    changes = changed_settings(before, run.config)
-    saved_tokenizer = Tokenizer.load(checkpoint)
-    if saved_tokenizer.fingerprint != run.tokenizer.fingerprint:
-        raise CheckpointError(
-            f"The vocabulary of {run.corpus.path} ({run.tokenizer.vocab_size} entries) is not the one that "
-            f"{checkpoint} "
-            f"was trained with ({saved_tokenizer.vocab_size} entries), so its numbers would mean other words. Prepare "
-            "the "
-            f"text with `--tokenizer {checkpoint / 'tokenizer.json'}`, or start a new run."
-        )
-    model_changes = [change for change in changes if change.startswith("model.")]
-    if model_changes:
-        raise CheckpointError(
-            f"The checkpoint {checkpoint} holds another model than the settings ask for: {'; '.join(model_changes)}. "
-            "Leave the model's settings as they were, or start a new run with another --output."
-        )
-    state = read_state(checkpoint)
-    if state.data_fingerprint != run.state.data_fingerprint and not accept_changes:
-        raise DataError(
-            f"The text in {run.corpus.path} is not the text that {checkpoint} was trained on (its fingerprint "
-            "differs), so "
-            "going on would not continue the same run. Use the same text, or say --accept-changes to go on all the "
-            "same."
-        )
-    length_changes = [change for change in changes if change.split(":")[0].removeprefix("training.") in LENGTH_KEYS]
-    other_changes = [change for change in changes if change not in length_changes]
-    if other_changes and not accept_changes:
-        raise ConfigError(
-            f"These settings differ from those of {checkpoint}: {'; '.join(other_changes)}. The result would not be "
-            "the one "
-            "of an undisturbed run. Set them back, or say --accept-changes to go on with the new ones."
-        )
-    if length_changes:
-        total_steps = total_steps_without_clock(run.config.training, run.sampler.steps_per_epoch)
-        if total_steps is not None and total_steps < state.step:
-            raise ConfigError(
-                f"The run is to have {total_steps} steps ({'; '.join(length_changes)}), but {checkpoint} has made "
-                f"{state.step} already. Give it more, or go on from an earlier checkpoint."
-            )
-        if not accept_changes and not keeps_the_past(before, run, state):
-            raise ConfigError(
-                f"The length of the run changes ({'; '.join(length_changes)}), and with schedule "
-                f"{run.config.training.schedule} the {state.step} steps of {checkpoint} would have had other learning "
-                "rates in a run of the new length. Say --accept-changes to go on all the same; schedules constant and, "
-                "before its decay, wsd can be made longer without this."
-            )
-        if run.world.is_main:
-            warn(f"the length of the run changes ({'; '.join(length_changes)}); the schedule follows the new length")
-        state.total_steps, state.anchor = 0, None
-    restore(checkpoint, run.model, run.optimizer)
-    if run.world.is_main and state.best_step == state.step and checkpoint.parent == run.folder:
-        mark_best(run.folder, checkpoint.name, state)  # a kill may have come between the checkpoint and its pointer
-    state.data_fingerprint = run.state.data_fingerprint
-    run.state = state
-    if run.world.is_main:
-        log(f"resumed from {checkpoint} after step {state.step}")
-
-
-def keeps_the_past(before: Config, run: Run, state: TrainingState) -> bool:
-    """Say whether a run of the new length would have made the steps behind us with the same learning rates."""
-    if run.config.training.schedule == "constant":
-        return True
-    total_steps = total_steps_without_clock(run.config.training, run.sampler.steps_per_epoch)
-    if total_steps is None or state.anchor is not None:
-        return False
-    return all(
-        learning_rate_at(step, state.total_steps, before.training)
-        == learning_rate_at(step, total_steps, run.config.training)
-        for step in range(state.step)
-    )
-
-
-def changed_settings(before: Config, after: Config) -> list[str]:
-    """List the settings that differ and matter to the course of training, as `key: old -> new`."""
-    flat_before, flat_after = _flatten(before.model_dump()), _flatten(after.model_dump())
-    return [
-        f"{key}: {flat_before.get(key)} -> {value}"
-        for key, value in flat_after.items()
-        if key not in FREE_TO_CHANGE and flat_before.get(key) != value
-    ]
-
-
 def describe(run: Run) -> None:
     """Say what is about to be trained, on what, with which settings."""
     config, corpus = run.config, run.corpus
@@ -501,13 +375,3 @@ def describe(run: Run) -> None:
             f"{run.world.size} processes share {shares} micro-batch(es) a step, so some wait for others; make "
             "training.gradient_accumulation_steps a multiple of the number of processes"
         )
-
-
-def _flatten(nested: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

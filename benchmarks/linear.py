@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from common import alternate, median, show
 
-from sheepop.models.linear import onednn_product
+from sheepop.models.linear import onednn_product, weight_gradient_by_blas, weight_gradient_by_onednn
 
 SIZES = ((128, 128), (128, 512), (512, 128), (128, 4096), (384, 1536))
-ROWS = (16, 64, 256, 1024)
+ROWS = (16, 64, 256, 1024, 4096)
 
 
 def seconds(product: Callable[[], torch.Tensor]) -> Callable[[], float]:
@@ -42,8 +42,8 @@ def main() -> None:
                     lambda g=gradient, w=weight: onednn_product(g, w.t()),
                 ),
                 "weight gradient": (
-                    lambda g=gradient, h=hidden: g.t() @ h,
-                    lambda g=gradient, h=hidden: onednn_product(h.t(), g.t()),
+                    lambda g=gradient, h=hidden: weight_gradient_by_blas(h, g),
+                    lambda g=gradient, h=hidden: weight_gradient_by_onednn(h, g),
                 ),
             }
             row: dict[str, object] = {"inputs": inputs, "outputs": outputs, "rows": count}

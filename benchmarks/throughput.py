@@ -111,8 +111,9 @@ def our_step(task: Task) -> Callable[[], object]:
     config = task.config()
     model = TransformerModel(config.model).to(task.device)
     token_ids, targets = task.random_tokens()
-    if task.precision is FP32:
-        make_weight_gradients_by(faster(measure_ways(*product_to_time(model, token_ids.numel()))), model)
+    product = product_to_time(model, token_ids.numel()) if task.precision is FP32 else None
+    if product is not None:
+        make_weight_gradients_by(faster(measure_ways(*product)), model)
     if task.compiled:
         keep_compiled_code()
         model.compile_blocks(True)

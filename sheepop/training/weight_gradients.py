@@ -1,11 +1,12 @@
 """Which of PyTorch's two matrix libraries makes the gradients of weights on a CPU: the one that is faster on this one.
 
-Where oneDNN makes a layer's other products (`models/linear.py`) it takes two thirds to one and a half times as long
-as MKL for these, which depends on the processor and on what of it a virtual machine is shown (`docs/log.md`). Decided
-once, before the first step, and written into the run's settings as `onednn` or `blas`: the two add up in another
-order, so that a resumed run must go the way it began.
+Where oneDNN makes a layer's other products (`models/linear.py`) it may be the slower one for these: on an AMD processor
+of which a virtual machine is shown AVX2 alone it took 1.2 to 1.4 times as long as MKL (`benchmarks/linear.py`,
+`docs/log.md`, 2026-11-30). Decided once, before the first step, and written into the run's settings as `onednn` or
+`blas`: the two add up in another order, so that a resumed run must go the way it began.
 """
 
+import statistics
 import time
 
 import torch
@@ -53,10 +54,11 @@ def layers_of_blocks(model: TransformerModel) -> list[Linear]:
 
 def choose(run: Run) -> str:
     """Return the faster way, measured where the run is long enough, and say so; oneDNN's where it is not."""
-    is_fp32 = run.precision.autocast_dtype is None
-    hidden, gradient = product_to_time(run.model, run.config.training.batch_size * run.config.data.max_length)
-    if not is_fp32 or not goes_to_onednn(hidden, gradient) or is_over_soon(run):
+    tokens = run.config.training.batch_size * run.config.data.max_length
+    product = product_to_time(run.model, tokens) if run.precision.autocast_dtype is None else None
+    if product is None or is_over_soon(run):
         return "onednn"
+    hidden, gradient = product
     seconds = measure(hidden, gradient)
     log(
         f"weight gradients: {faster(seconds)} (of {len(hidden)} tokens for {hidden.shape[1]} x {gradient.shape[1]}: "
@@ -65,17 +67,17 @@ def choose(run: Run) -> str:
     return faster(seconds)
 
 
-def product_to_time(model: TransformerModel, tokens: int) -> tuple[Tensor, Tensor]:
-    """Return an input (N, I) and a gradient (N, O) for the largest weight in the blocks, of at most `MOST_TOKENS`."""
-    outputs, inputs = max((layer.weight.shape for layer in layers_of_blocks(model)), key=lambda shape: shape.numel())
-    rows = min(MOST_TOKENS, tokens)
-    return torch.ones(rows, inputs, device=model.device), torch.ones(rows, outputs, device=model.device)
+def product_to_time(model: TransformerModel, tokens: int) -> tuple[Tensor, Tensor] | None:
+    """Return an input (N, I) and a gradient (N, O) for the largest weight in the blocks, of at most `MOST_TOKENS`.
 
-
-def goes_to_onednn(hidden: Tensor, gradient: Tensor) -> bool:
-    """Say whether the gradient of a weight between these, in fp32, may be oneDNN's."""
-    weight = torch.empty(gradient.shape[1], hidden.shape[1], device="meta")
-    return weight.numel() >= LEAST_WEIGHTS and prefers_onednn(hidden, weight)
+    None where oneDNN has nothing to do with its gradient.
+    """
+    weight = max((layer.weight for layer in layers_of_blocks(model)), key=Tensor.numel)
+    outputs, inputs = weight.shape
+    hidden = torch.empty(min(MOST_TOKENS, tokens), inputs, device=model.device)
+    if weight.numel() < LEAST_WEIGHTS or not prefers_onednn(hidden, weight):
+        return None
+    return torch.ones_like(hidden), torch.ones(len(hidden), outputs)
 
 
 def faster(seconds: dict[str, float]) -> str:
@@ -94,4 +96,4 @@ def measure(hidden: Tensor, gradient: Tensor) -> dict[str, float]:
             started = time.perf_counter()
             make(hidden, gradient)
             times[way].append(time.perf_counter() - started)
-    return {way: sorted(seconds)[len(seconds) // 2] for way, seconds in times.items()}
+    return {way: statistics.median(seconds) for way, seconds in times.items()}

@@ -2,8 +2,8 @@
 
 PyTorch sends fp32 products to MKL, which holds back on processors that its maker did not build. For the same product
 the oneDNN library beside it takes up to a third less time on an AMD EPYC with AVX2 and less than half on one with whole
-AVX-512 units (Zen 5), but up to a half more on an Intel Xeon (`benchmarks/linear.py`). Where an AMD processor shows AVX2
-alone the two may be equal, and MKL the faster for gradients of weights, so that a run measures these
+AVX-512 units (Zen 5), but up to a half more on an Intel Xeon (`benchmarks/linear.py`). Where an AMD processor shows
+AVX2 alone the two may be equal, and MKL the faster for gradients of weights, so that a run measures these
 (`training/weight_gradients.py`).
 """
 

@@ -9,8 +9,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from sheepop.models.dropout import drop
 from sheepop.models.positions import document_starts
 from sheepop.models.taps import Tap, untapped
 
@@ -89,4 +89,4 @@ def attention(
         times = query.shape[2], key.shape[2]
         mask = visible(*times, window=window, sinks=sinks, document_ids=document_ids, device=query.device)
     weights = tap("attention.weights", scores.masked_fill(~tap("attention.mask", mask), -math.inf).softmax(dim=-1))
-    return F.dropout(weights, dropout) @ value  # (B, H, T, C)
+    return drop(weights, dropout) @ value  # (B, H, T, C)

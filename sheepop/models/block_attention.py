@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sheepop.models.attention import visible
+from sheepop.models.dropout import kept_entries
 
 LEAST_QUERIES = 64  # of a block
 MOST_BLOCKS = 16  # each is some ten calls
@@ -27,9 +28,16 @@ MOST_TIME = {2: 8192, 4: 1024}
 MOST_KEPT_TIME = 256  # weights kept cost a sixth less time than weights made again
 
 
-def suits_blocks(time: int, bytes_per_number: int) -> bool:
-    """Say whether a CPU learns faster from texts of so many tokens in blocks."""
-    return LEAST_TIME.get(bytes_per_number, time + 1) <= time <= MOST_TIME.get(bytes_per_number, 0)
+def suits_blocks(time: int, bytes_per_number: int, *, drops: bool) -> bool:
+    """Say whether a CPU learns faster from texts of so many tokens in blocks.
+
+    Args:
+        drops: some of the weights are dropped. The fused kernel cannot, and what PyTorch does instead keeps all
+            weights of a text three times.
+    """
+    if bytes_per_number not in LEAST_TIME:
+        return False
+    return drops or LEAST_TIME[bytes_per_number] <= time <= MOST_TIME[bytes_per_number]
 
 
 def keeps(time: int) -> bool:
@@ -40,12 +48,12 @@ def keeps(time: int) -> bool:
     return time <= MOST_KEPT_TIME
 
 
-def learns_in_blocks(query: Tensor, key: Tensor) -> bool:
-    """Say whether these are queries and keys to learn from, in blocks."""
+def learns_in_blocks(query: Tensor, key: Tensor, *, drops: bool) -> bool:
+    """Say whether these are queries and keys to learn from, in blocks; with `drops` some weights are dropped."""
     if not (torch.is_grad_enabled() and query.requires_grad and query.device.type == "cpu"):
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    return query.shape[2] == key.shape[2] and suits_blocks(query.shape[2], dtype.itemsize)
+    return query.shape[2] == key.shape[2] and suits_blocks(query.shape[2], dtype.itemsize, drops=drops)
 
 
 def weights_in_blocks(time: int, window: int, sinks: int) -> int:
@@ -147,9 +155,12 @@ def forward_in_blocks(
         if keeps(T):
             all_weights.append(weights)
         if dropout:
-            weights, mask = torch.native_dropout(weights, dropout, True)
-            masks.append(mask)
-        mixed_by_group[:, :, :, here] = (weights @ values[:, seen]).view(B, K, H // K, -1, C)
+            masks.append(kept_entries(weights, dropout))
+            weights = weights * masks[-1]
+        mixed_here = weights @ values[:, seen]
+        if dropout:
+            mixed_here.mul_(1 / (1 - dropout))
+        mixed_by_group[:, :, :, here] = mixed_here.view(B, K, H // K, -1, C)
     return mixed, all_weights, masks
 
 
@@ -183,9 +194,9 @@ def backward_in_blocks(
         dropped = weights
         weight_errors = errors @ values[:, seen].transpose(1, 2)
         if dropout:
-            factors = (masks[number] / (1 - dropout)).to(weights.dtype)
-            dropped, weight_errors = weights * factors, weight_errors.mul_(factors)
-        value_gradient[:, seen].baddbmm_(dropped.transpose(1, 2), errors)
+            kept = masks[number].to(weights.dtype)  # once for two products
+            dropped, weight_errors = weights * kept, weight_errors.mul_(kept).mul_(1 / (1 - dropout))
+        value_gradient[:, seen].baddbmm_(dropped.transpose(1, 2), errors, alpha=1 / (1 - dropout))
         score_errors = torch._softmax_backward_data(weight_errors, weights, -1, weights.dtype, grad_input=weight_errors)
         key_gradient[:, seen].baddbmm_(score_errors.transpose(1, 2), rows, alpha=scale)
         moved = (score_errors @ keys[:, seen]).mul_(scale)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sheepop.config import ModelConfig
 from sheepop.models.attention import attention
+from sheepop.models.dropout import drop
 from sheepop.models.kv_cache import Cache
 from sheepop.models.linear import Linear
 from sheepop.models.optimized_attention import optimized_attention
@@ -46,11 +47,6 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(width, eps=config.layer_norm_eps)
     return nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.bias)
-
-
-def drop(hidden: Tensor, share: float) -> Tensor:
-    """Set a share of the entries to zero and scale up the rest (Srivastava et al. 2014); a share of 0 costs nothing."""
-    return F.dropout(hidden, share) if share else hidden
 
 
 @dataclass(frozen=True)

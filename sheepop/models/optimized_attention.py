@@ -24,7 +24,7 @@ def optimized_attention(
     The plain causal case names itself (`is_causal`) instead of passing a mask, which keeps the flash kernels
     in use, and a single query needs no mask at all: it sees every key, or those that window and sinks leave.
     """
-    if mask is None and learns_in_blocks(query, key):
+    if mask is None and learns_in_blocks(query, key, drops=dropout > 0):
         return block_attention(
             query, key, value, window=window, sinks=sinks, document_ids=document_ids, dropout=dropout
         )

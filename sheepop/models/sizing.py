@@ -104,13 +104,12 @@ def kv_cache_bytes(config: ModelConfig, batch_size: int, length: int, bytes_per_
 
 def attention_kernel(
     config: ModelConfig, context: int, bytes_per_number: int, *, on_gpu: bool
-) -> Literal["reference", "blocks", "dropping", "fused"]:
-    """Return what attention learns by: written out, blocks, or fused, which on a CPU keeps all weights to drop some."""
+) -> Literal["reference", "blocks", "fused"]:
+    """Return what attention learns by: written out, in blocks of queries, or by PyTorch's fused kernel."""
     if config.attention == "reference":
         return "reference"
-    if not on_gpu and suits_blocks(context, bytes_per_number):
-        return "blocks"
-    return "dropping" if config.dropped_attention and not on_gpu else "fused"
+    in_blocks = not on_gpu and suits_blocks(context, bytes_per_number, drops=config.dropped_attention > 0)
+    return "blocks" if in_blocks else "fused"
 
 
 def layer_activation_bytes(
@@ -130,7 +129,7 @@ def layer_activation_bytes(
     Args:
         bytes_per_number: of the computing type: 4 for fp32, 2 for bf16 and fp16.
         document_mask: each layer keeps a mask of its own.
-        on_gpu: fused norms, masks of a byte in dropout, and dropout inside the fused attention.
+        on_gpu: fused norms, and dropout inside the fused attention.
     """
     B, T, D, H, K, C, F = (
         batch_size,
@@ -143,7 +142,7 @@ def layer_activation_bytes(
     )
     N, e = B * T, bytes_per_number
     is_mixed = e < 4
-    dropout_byte = 0 if not config.dropout else 1 if on_gpu else e
+    dropout_byte = 1 if config.dropout else 0
 
     norms = 2 * (norm_activation_bytes(config, N, on_gpu=on_gpu) + e * N * D)  # and what the products read of them
     projected = e * N * (H + 2 * K) * C
@@ -157,14 +156,9 @@ def layer_activation_bytes(
         per_weight = (e if keeps(T) else 0) + (1 if config.dropped_attention else 0)
         attention += per_weight * B * H * weights_in_blocks(T, config.sliding_window, config.attention_sinks)
         attention += projected if config.qk_norm and not is_mixed else 0
-    elif kernel != "fused":
-        if kernel == "reference":
-            weights = e * (3 if config.dropped_attention else 1) + (4 if is_mixed and on_gpu else 0)
-            attention += 3 * e * N * H * C
-        else:
-            weights = 3 * 4  # softmax, what is dropped, and their product, in fp32 whatever the computing type
-            attention += 3 * 4 * N * H * C
-        attention += weights * N * T * H
+    elif kernel == "reference":
+        weights = e + (e + 1 if config.dropped_attention else 0) + (4 if is_mixed and on_gpu else 0)
+        attention += 3 * e * N * H * C + weights * N * T * H
         attention += projected if config.qk_norm and not is_mixed else 0
     else:
         attention += projected + 4 * N * H  # values are a view of it; and the logarithms of the softmax's sums
@@ -218,8 +212,7 @@ def activation_bytes(
     outside = 8 * N * config.ngram_order + norm_activation_bytes(config, N, on_gpu=on_gpu)  # ids, rows; final norm
     if config.positions == "rotary":
         outside += 4 * context * (config.num_heads + config.num_kv_heads) * config.head_dim
-    if config.dropout:
-        outside += (1 if on_gpu else 4) * N * D
+    outside += N * D if config.dropout else 0
     if e < 4:  # autocast keeps a copy of each matrix that multiplies
         counts = count_parameters(config)
         outside += e * (counts.attention + counts.feed_forward)

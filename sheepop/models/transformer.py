@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sheepop.config import ModelConfig
-from sheepop.models.blocks import Context, Embedding, TransformerBlock, drop, make_norm
+from sheepop.models.blocks import Context, Embedding, TransformerBlock, make_norm
 from sheepop.models.compiler import compile_graph
+from sheepop.models.dropout import drop
 from sheepop.models.fp8 import suits_fp8
 from sheepop.models.head_loss import summed_head_loss
 from sheepop.models.kv_cache import Cache

@@ -51,7 +51,7 @@ class ModelConfig(Section):
     dropout: Fraction = Field(0.1, description="share of activations dropped in training")
     attention_dropout: Fraction | None = Field(
         None,
-        description="share of attention weights dropped; null: as dropout; on a CPU attention takes up to half more",
+        description="share of attention weights dropped, which takes a CPU half as long again; null: as dropout",
     )
     activation: Activation = Field("gelu", description="feed-forward non-linearity; swiglu and geglu are gated")
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="normalisation before each sub-layer")

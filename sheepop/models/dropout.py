@@ -33,7 +33,7 @@ def draw(hidden: Tensor, share: float) -> Tensor:
         return torch.empty(hidden.shape, dtype=torch.bool).bernoulli_(1 - share)
     words = torch.empty(-(-hidden.numel() * BITS // 64), dtype=torch.int64).random_(-(2**63), None)
     numbers = words.view(torch.int16)[: hidden.numel()].view(hidden.shape)
-    return numbers >= min(round(share * 2**BITS) - BIAS, BIAS - 1)
+    return numbers.ge(min(round(share * 2**BITS) - BIAS, BIAS - 1))
 
 
 opaque_draw = torch.library.custom_op(

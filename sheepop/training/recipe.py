@@ -382,7 +382,7 @@ def settings_for(
         "model.num_heads": width // head if width % head == 0 else 1,
         "model.max_seq_len": context,
         "model.dropout": dropout,
-        "model.attention_dropout": 0.0,  # on a CPU attention would take up to half more
+        "model.attention_dropout": 0.0,  # on a CPU attention would take a half longer
         "model.zero_init_outputs": True,
         "model.ngram_order": NGRAM_ORDER,
         "training.batch_size": max(1, round(wanted / context / micro_batches)),

@@ -142,7 +142,6 @@ def layer_activation_bytes(
     )
     N, e = B * T, bytes_per_number
     is_mixed = e < 4
-    dropout_byte = 1 if config.dropout else 0
 
     norms = 2 * (norm_activation_bytes(config, N, on_gpu=on_gpu) + e * N * D)  # and what the products read of them
     projected = e * N * (H + 2 * K) * C
@@ -173,7 +172,8 @@ def layer_activation_bytes(
     if config.conv_width > 1:  # what their weights multiply, in the norms' fp32 and with the padding in front
         convolutions = CONVOLUTIONS * 4 * B * (T + config.conv_width - 1) * D
     inner = 4 if config.is_gated else 1 if config.activation == "relu" else 2
-    return norms + convolutions + attention + inner * e * N * F + 2 * dropout_byte * N * D
+    kept_entries = 2 * N * D if config.dropout else 0
+    return norms + convolutions + attention + inner * e * N * F + kept_entries
 
 
 def norm_activation_bytes(config: ModelConfig, num_tokens: int, *, on_gpu: bool) -> int:

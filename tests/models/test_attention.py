@@ -115,6 +115,11 @@ def test_training_on_a_cpu_goes_in_blocks_and_nothing_else_does(dtype, monkeypat
     with torch.autocast("cpu", dtype=torch.bfloat16):
         optimized_attention(query.float().requires_grad_(), key.float(), value.float())
     assert calls == [dtype, torch.bfloat16]
+    few = [part[:, :, :9].clone() for part in (query, key, value)]  # too few but where weights are dropped
+    optimized_attention(few[0].requires_grad_(), *few[1:])
+    assert calls == [dtype, torch.bfloat16]
+    optimized_attention(few[0], *few[1:], dropout=0.1)
+    assert calls == [dtype, torch.bfloat16, dtype]
 
 
 @pytest.mark.parametrize("most_kept", [0, 256])

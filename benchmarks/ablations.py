@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "groups of 2 to 4": {"model.ngram_order": 4},
     "groups of 2 to 4, 65,536 rows": {"model.ngram_order": 4, "model.ngram_entries": 65536},
     "short convolutions of 4": {"model.conv_width": 4},
+    "a head that copies": {"model.copy_width": 64},
     "rows of updates of equal size": {"training.muon_beta2": 0.95},
     "three rounds of Muon": {"training.muon_rounds": 3},
     "cosine to zero": {"training.schedule": "cosine"},

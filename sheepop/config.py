@@ -70,6 +70,9 @@ class ModelConfig(Section):
     conv_width: PositiveInt = Field(
         1, description="attention and feed-forward read so many last tokens mixed, each channel by itself; 1: none"
     )
+    copy_width: Annotated[int, Field(ge=0)] = Field(
+        0, description="the head can repeat tokens of the text, found by queries and keys of this width; 0: it cannot"
+    )
     rotary_dim: Annotated[int, Field(ge=0)] = Field(
         0, description="numbers of each head that rotary positions turn, the first ones; 0: all of head_dim"
     )

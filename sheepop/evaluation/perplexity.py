@@ -1,7 +1,7 @@
 """Scores on held-out text: loss, accuracy, and the figures that compare models with different tokenizers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional as F
 
 from sheepop.config import DataConfig
@@ -16,6 +17,7 @@ from sheepop.data.corpus import is_prepared, open_corpus
 from sheepop.data.dataset import IGNORE_INDEX, Tokens, document_ids, num_windows, read_windows
 from sheepop.data.documents import iter_documents
 from sheepop.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_model_tokenizer
+from sheepop.models.copying import QUERIES_AT_ONCE
 from sheepop.models.pretrained import load_pretrained, read_settings, resolve_checkpoint
 from sheepop.models.transformer import TransformerModel, inference
 from sheepop.utils.devices import resolve_device
@@ -133,20 +135,35 @@ def evaluate_tokens(
             if document_mask:
                 assert end_of_text_id is not None
                 documents = torch.from_numpy(document_ids(inputs, end_of_text_id)).to(model.device)
-            hidden = model.hidden_states(torch.from_numpy(inputs).to(model.device), document_ids=documents)  # (B, T, D)
             wanted = torch.from_numpy(targets).to(model.device)
-            is_scored = wanted != IGNORE_INDEX
-            hidden, wanted = hidden[is_scored], wanted[is_scored]  # (N, D), (N,)
-            rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-            for row in range(0, len(wanted), rows):
-                answers = wanted[row : row + rows]  # (n,)
-                logits = F.linear(hidden[row : row + rows], model.head.weight).float()  # (n, V)
+            for logits, answers in logits_of(model, torch.from_numpy(inputs).to(model.device), wanted, documents):
                 loss_sum += F.cross_entropy(logits, answers, reduction="none").double().sum().item()
                 hits = logits.topk(min(5, logits.shape[-1])).indices == answers[:, None]  # (n, 5), best first
                 top1_hits += int(hits[:, 0].sum())
                 top5_hits += int(hits.sum())
-            scored += len(wanted)
+                scored += len(answers)
     return Scores(loss_sum / scored, top1_hits / scored, top5_hits / scored, scored)
+
+
+def logits_of(
+    model: TransformerModel, inputs: Tensor, wanted: Tensor, documents: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits (n, V) in fp32 and their targets (n,) for those of `wanted` (B, T) that are to be scored."""
+    hidden = model.hidden_states(inputs, document_ids=documents)  # (B, T, D)
+    copies = model.copies(hidden, inputs, document_ids=documents)
+    is_scored = wanted != IGNORE_INDEX
+    rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    if copies is None:
+        hidden, wanted = hidden[is_scored], wanted[is_scored]  # (N, D), (N,)
+        for row in range(0, len(wanted), rows):
+            here = slice(row, row + rows)
+            yield F.linear(hidden[here], model.head.weight).float(), wanted[here]
+        return
+    for text in range(len(inputs)):
+        for place in range(0, inputs.shape[1], min(rows, QUERIES_AT_ONCE)):
+            here = slice(place, place + min(rows, QUERIES_AT_ONCE))
+            logits = copies.at(text, here).add_to(model.logits(hidden[text : text + 1, here]))[0]  # (n, V)
+            yield logits[is_scored[text, here]], wanted[text, here][is_scored[text, here]]
 
 
 def evaluate_checkpoint(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sheepop.models.attention import visible_places
+from sheepop.models.copying import following
 from sheepop.models.kv_cache import KVCache
 from sheepop.models.transformer import TransformerModel
 from sheepop.utils.compiled_code import keep_compiled_code, missing_compiler
@@ -43,10 +44,10 @@ class CompiledDecoder:
             return self.model(token_ids, cache=cache, last_only=True)  # type: ignore[no-any-return]
         if cache is not self._cache:
             self._cache = cache
-            for tensor in (*cache.keys, *cache.values, *cache.inputs):
+            for tensor in (*cache.keys, *cache.values, *cache.inputs, cache.copy_keys, cache.token_ids):
                 torch._dynamo.mark_static_address(tensor)  # written to in place, which recorded graphs must know
         began = time.perf_counter()
-        stored = (cache.keys, cache.values, cache.inputs, cache.recent_tokens)
+        stored = (cache.keys, cache.values, cache.inputs, cache.recent_tokens, cache.copy_keys, cache.token_ids)
         logits = self._step(token_ids, torch.full((1,), cache.length, device=token_ids.device), *stored)
         shape = (rows, cache.capacity)
         if shape not in self._shapes:
@@ -63,8 +64,10 @@ class CompiledDecoder:
         values: Sequence[Tensor],
         inputs: Sequence[Tensor],
         recent_tokens: Tensor,
+        copy_keys: Tensor,
+        seen_ids: Tensor,
     ) -> Tensor:
-        cache = StaticRows(place, keys, values, inputs, recent_tokens)
+        cache = StaticRows(place, keys, values, inputs, recent_tokens, copy_keys, seen_ids)
         return self.model(token_ids, cache=cache, last_only=True)  # type: ignore[no-any-return]
 
 
@@ -78,8 +81,11 @@ class StaticRows:
         values: Sequence[Tensor],
         inputs: Sequence[Tensor],
         recent_tokens: Tensor,
+        copy_keys: Tensor,
+        seen_ids: Tensor,
     ) -> None:
         self._place, self._keys, self._values, self._inputs = place, keys, values, inputs
+        self._copy_keys, self._seen_ids = copy_keys, seen_ids
         self.recent_tokens = recent_tokens
 
     def positions(self, time: int) -> Tensor:  # noqa: ARG002 - it is 1
@@ -108,3 +114,9 @@ class StaticRows:
 
     def advance(self, token_ids: Tensor) -> None:
         """Leave the count to the cache whose memory this is."""
+
+    def offer(self, key: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store what the token is found by when copied, (B, 1, W); return that of the whole memory, as `Cache` says."""
+        self._copy_keys.index_copy_(1, self._place, key)
+        self._seen_ids.index_copy_(1, self._place, token_ids)
+        return self._copy_keys, following(self._seen_ids), self._place[None]

@@ -23,7 +23,9 @@ from sheepop.generation.vector_dots import GROUP
 from sheepop.generation.vector_integers import HAS_INTEGERS, MOST_INPUTS
 from sheepop.generation.vector_tiles import PANEL
 from sheepop.models.blocks import TransformerBlock
+from sheepop.models.copying import Copies, following
 from sheepop.models.kv_cache import KVCache
+from sheepop.models.paged_cache import PagedCache
 from sheepop.models.quantized_layers import QuantizedEmbedding, QuantizedLinear
 from sheepop.models.transformer import TransformerModel
 
@@ -68,7 +70,7 @@ class FastDecoder:
             return self.reader(token_ids, cache=cache, last_only=True)  # type: ignore[no-any-return]
         hidden = self.model.embed(token_ids, cache.positions(1), before=cache.recent_tokens)[:, 0]
         positions, pages = np.full(rows, cache.length), np.arange(rows)[:, None]  # a row's buffer is its only page
-        logits = self.step(hidden, positions, pages, cache.keys, cache.values, cache.inputs)
+        logits = self.step(hidden, token_ids[:, 0], positions, pages, cache)
         cache.advance(token_ids)
         return logits[:, None]
 
@@ -76,24 +78,24 @@ class FastDecoder:
     def step(
         self,
         hidden: Tensor,
+        token_ids: Tensor,
         positions: Integers,
         pages: Integers,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        inputs: Sequence[Tensor],
+        cache: KVCache | PagedCache,
         wanted: Sequence[int] | None = None,
     ) -> Tensor:
         """Return the logits (N, V) after N tokens, whose keys and values are stored.
 
         Args:
             hidden: (N, D), their embeddings. Several tokens of one sequence are as many rows.
+            token_ids: (N,).
             positions: (N,), where they stand in their sequences.
-            pages: (N, M), which pages hold each one's sequence, in order.
-            keys, values: of each layer (all pages, K, page size, C), where those of the tokens before are.
-            inputs: of each layer (all pages, sites, page size, D), what short convolutions read; empty without them.
+            pages: (N, M), which pages hold each one's sequence, in order; of a `KVCache` each row is a page.
+            cache: where the tokens before are; it is not advanced.
             wanted: the tokens whose logits are returned; all by default.
         """
         config, rows = self.config, len(hidden)
+        keys, values, inputs = cache.keys, cache.values, cache.inputs
         stream = hidden.contiguous().numpy()  # (N, D)
         normed = aligned(rows, config.d_model)
         projected = aligned(rows, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
@@ -122,11 +124,43 @@ class FastDecoder:
             kernels.activate(inner, activation, config.is_gated, activated)
             layer.feed_forward_output(activated, stream, True)
         self.final_norm(stream, normed)
-        if wanted is not None and len(wanted) < rows:
-            normed = normed[wanted]
+        chosen = range(rows) if wanted is None else wanted
+        copies = self.copies(torch.from_numpy(normed), token_ids, positions, pages, cache, chosen)
+        if len(chosen) < rows:
+            normed = normed[chosen]
         logits = aligned(len(normed), config.vocab_size)
         self.head(normed, logits, False)
-        return torch.from_numpy(logits)
+        scores = torch.from_numpy(logits)
+        return scores if copies is None else copies.add_to(scores.unsqueeze(1))[:, 0]
+
+    def copies(
+        self,
+        hidden: Tensor,
+        token_ids: Tensor,
+        positions: Integers,
+        pages: Integers,
+        cache: KVCache | PagedCache,
+        wanted: Sequence[int],
+    ) -> Copies | None:
+        """Return what the wanted ones of N tokens may copy, each as a text of its own, and store what all are found by.
+
+        Args:
+            hidden: (N, D), what the head reads; the others are those of `step`.
+        """
+        head = self.reader.copy_head
+        if head is None:
+            return None
+        keys, tokens = cache.copy_keys, cache.token_ids  # (all pages, page size, W) and (all pages, page size)
+        size, end = keys.shape[1], int(positions.max()) + 1
+        places = torch.from_numpy(pages[np.arange(len(pages)), positions // size] * size + positions % size)
+        keys.view(-1, keys.shape[2])[places] = head.key(hidden)
+        tokens.view(-1)[places] = token_ids
+        chosen = list(wanted)
+        used = torch.from_numpy(pages[chosen, : -(-end // size)])  # (n, pages of the longest)
+        seen = slice(0, end)  # less than a page where a page is the whole text
+        found_by, known = (stored[:, seen][used].flatten(1, 2)[:, seen] for stored in (keys, tokens.unsqueeze(2)))
+        queries = head.query(hidden[chosen]).unsqueeze(1)  # (n, 1, W)
+        return Copies(queries, found_by, following(known[..., 0]), torch.from_numpy(positions[chosen]).unsqueeze(1))
 
 
 class Layer:

@@ -70,14 +70,20 @@ class ModelRunner:
         counts = [len(chunk.token_ids) for chunk in chunks]
         padded = [chunk.token_ids + [0] * (max(counts) - len(chunk.token_ids)) for chunk in chunks]
         rows = PagedRows(cache, [chunk.sequence for chunk in chunks], counts)
-        hidden = self.model.hidden_states(torch.tensor(padded, device=cache.device), cache=rows)  # (B, T, D)
+        token_ids = torch.tensor(padded, device=cache.device)
+        hidden = self.model.hidden_states(token_ids, cache=rows)  # (B, T, D)
+        copies = self.model.copies(hidden, token_ids, cache=rows)
         wanted = [
             range(0 if chunk.all_logits else count - 1, count) for chunk, count in zip(chunks, counts, strict=True)
         ]
         # Only what is asked for goes through the head: with a real vocabulary it costs as much as some layers.
         row_numbers = [row for row, places in enumerate(wanted) for _ in places]
         logits = self.model.logits(hidden[row_numbers, list(chain.from_iterable(wanted))])  # (N, V)
-        return list(torch.split(logits.float(), [len(places) for places in wanted]))
+        parts = list(torch.split(logits.float(), [len(places) for places in wanted]))
+        if copies is None:
+            return parts
+        own = [copies.at(row, slice(places.start, places.stop)) for row, places in enumerate(wanted)]
+        return [of_chunk.add_to(part.unsqueeze(0))[0] for of_chunk, part in zip(own, parts, strict=True)]
 
 
 class NaiveRunner:
@@ -147,9 +153,9 @@ class KernelRunner:
             wanted += range(len(positions) - (len(chunk.token_ids) if chunk.all_logits else 1), len(positions))
         with inference(self.model):
             places = torch.tensor(positions)[:, None]
-            hidden = self.model.embed(torch.tensor(token_ids), places, before=torch.tensor(before, dtype=torch.int64))
-            stored = (cache.keys, cache.values, cache.inputs)
-            rows = self._decoder.step(hidden[:, 0], np.array(positions), np.array(pages), *stored, wanted)
+            tokens = torch.tensor(token_ids)
+            hidden = self.model.embed(tokens, places, before=torch.tensor(before, dtype=torch.int64))
+            rows = self._decoder.step(hidden[:, 0], tokens[:, 0], np.array(positions), np.array(pages), cache, wanted)
         return list(torch.split(rows, [len(chunk.token_ids) if chunk.all_logits else 1 for chunk in chunks]))
 
 

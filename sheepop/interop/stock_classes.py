@@ -516,7 +516,12 @@ def stock_class_for(model: ModelConfig) -> StockClass:
     return kind_for(model, STOCK_CLASSES, "stock class of transformers")
 
 
-OURS_ALONE = {"ngram_order": "embeddings of several tokens together", "conv_width": "short convolutions"}
+# The settings that only our own models have, what each is, and where it is off.
+OURS_ALONE = {
+    "ngram_order": ("embeddings of several tokens together", 1),
+    "conv_width": ("short convolutions", 1),
+    "copy_width": ("a head that copies", 0),
+}
 
 
 def kind_for(model: ModelConfig, kinds: Sequence[K], what: str) -> K:
@@ -525,12 +530,12 @@ def kind_for(model: ModelConfig, kinds: Sequence[K], what: str) -> K:
     Raises:
         CheckpointError: there is none; it says what keeps the nearest ones from being it.
     """
-    for key, meaning in OURS_ALONE.items():
+    for key, (meaning, off) in OURS_ALONE.items():
         number = getattr(model, key)
-        if number > 1:
+        if number > off:
             raise CheckpointError(
                 f"No {what} has {meaning} (model.{key} is {number}), so this model runs in sheepop alone. Train one "
-                f"with model.{key} 1 to export it."
+                f"with model.{key} {off} to export it."
             )
     misfits = [kind.misfits(model) for kind in kinds]
     fewest = min(map(len, misfits))

@@ -25,7 +25,7 @@ MOST_BLOCKS = 16  # each is some ten calls
 LEAST_TIME = {2: 64, 4: 256}  # by the bytes of a number
 # For more, fp32 products gain less by their size than the tiles by staying in the processor's cache.
 MOST_TIME = {2: 8192, 4: 1024}
-MOST_KEPT_TIME = 256  # weights kept cost a sixth less time than weights made again
+MOST_KEPT = 256  # keys that a token sees: weights kept cost a sixth less time than weights made again
 
 
 def suits_blocks(time: int, bytes_per_number: int, *, drops: bool) -> bool:
@@ -40,12 +40,12 @@ def suits_blocks(time: int, bytes_per_number: int, *, drops: bool) -> bool:
     return drops or LEAST_TIME[bytes_per_number] <= time <= MOST_TIME[bytes_per_number]
 
 
-def keeps(time: int) -> bool:
+def keeps(time: int, window: int, sinks: int) -> bool:
     """Say whether the weights of a text of so many tokens are kept for the backward pass, not made again in it.
 
     They are the same to the bit. Which of them were dropped is kept in any case.
     """
-    return time <= MOST_KEPT_TIME
+    return (time if not window or sinks else min(time, window)) <= MOST_KEPT
 
 
 def learns_in_blocks(query: Tensor, key: Tensor, *, drops: bool) -> bool:
@@ -152,7 +152,7 @@ def forward_in_blocks(
     for here, seen in blocks(T, window, sinks):
         rows = queries[:, :, :, here].reshape(B * K, -1, C)  # (BK, Gn, C)
         weights = weights_of(rows, keys, B, here, seen, window, sinks, document_ids)  # (BK, Gn, S)
-        if keeps(T):
+        if keeps(T, window, sinks):
             all_weights.append(weights)
         if dropout:
             masks.append(kept_entries(weights, dropout))
@@ -226,7 +226,7 @@ def shapes_of_forward(
     sizes = [
         (B * K, H // K * (here.stop - here.start), seen.stop - seen.start) for here, seen in blocks(T, window, sinks)
     ]
-    weights = [query.new_empty(size) for size in sizes] if keeps(T) else []
+    weights = [query.new_empty(size) for size in sizes] if keeps(T, window, sinks) else []
     masks = [query.new_empty(size, dtype=torch.bool) for size in sizes] if dropout else []
     return query.new_empty(B, T, H, C).transpose(1, 2), weights, masks
 

@@ -31,11 +31,12 @@ class Int8PagedCache(PagedCache):
 
     @classmethod
     def page_bytes(cls, config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
-        """Return the bytes of one page in all layers, with its scales; what convolutions read is kept as it is."""
-        without = config.model_copy(update={"conv_width": 1})
-        numbers = kv_cache_bytes(without, batch_size=1, length=page_size, bytes_per_number=1)
-        read = kv_cache_bytes(config, batch_size=1, length=page_size, bytes_per_number=1) - numbers
-        return numbers + (numbers // config.head_dim + read) * dtype.itemsize
+        """Return the bytes of one page in all layers, with its scales; of keys and values alone it has 8 bits."""
+        of_page, size = {"batch_size": 1, "length": page_size}, dtype.itemsize
+        without = config.model_copy(update={"conv_width": 1, "copy_width": 0})
+        numbers = kv_cache_bytes(without, **of_page, bytes_per_number=1)
+        others = kv_cache_bytes(config, **of_page, bytes_per_number=size) - size * numbers
+        return numbers + numbers // config.head_dim * size + others
 
     def store(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> None:
         """Store keys and values (N, C) of single heads at `places` (N,), rounded."""

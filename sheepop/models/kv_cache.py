@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sheepop.config import ModelConfig
+from sheepop.models.copying import following
 from sheepop.models.sizing import CONVOLUTIONS
 
 
@@ -46,6 +47,15 @@ class Cache(Protocol):
         """Count the tokens (B, T) of a forward pass, whose keys and values every layer has stored."""
         ...
 
+    def offer(self, key: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store what the tokens (B, T) of the last forward pass, which is counted, are found by when copied (B, T, W).
+
+        Returns:
+            As in `Copies`: keys (B, S, W) and what is offered (B, S) at all places from the text's first on, and the
+            positions of the tokens, (B, T) or (1, T).
+        """
+        ...
+
 
 class KVCache:
     """Buffers for each layer, allocated once for `capacity` tokens; reads are views, so nothing is copied.
@@ -71,6 +81,9 @@ class KVCache:
             torch.zeros((batch_size, CONVOLUTIONS, capacity, config.d_model), device=device, dtype=dtype)
             for _ in range(config.num_layers if config.conv_width > 1 else 0)
         ]
+        width = config.copy_width  # of what the copy head finds tokens by
+        self.copy_keys = torch.zeros((batch_size, capacity if width else 0, width), device=device, dtype=dtype)
+        self.token_ids = torch.zeros((batch_size, capacity if width else 0), device=device, dtype=torch.int64)
         self.recent_tokens = torch.full((batch_size, config.ngram_order - 1), -1, device=device)
         self.capacity = capacity
         self.length = 0
@@ -104,6 +117,14 @@ class KVCache:
         kept = self.recent_tokens.shape[1]
         if kept:
             self.recent_tokens = torch.cat((self.recent_tokens, token_ids), dim=1)[:, -kept:]
+
+    def offer(self, key: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store what the tokens (B, T) of the last forward pass are found by when copied, (B, T, W); see `Cache`."""
+        begin, end = self.length - token_ids.shape[1], self.length
+        self.copy_keys[:, begin:end] = key
+        self.token_ids[:, begin:end] = token_ids
+        positions = torch.arange(begin, end, device=key.device).unsqueeze(0)
+        return self.copy_keys[:, :end], following(self.token_ids[:, :end]), positions
 
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""

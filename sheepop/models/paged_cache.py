@@ -85,9 +85,15 @@ class PagedCache:
             zeros_on_demand((num_pages, CONVOLUTIONS, page_size, config.d_model), device=self.device, dtype=dtype)
             for _ in range(config.num_layers if config.conv_width > 1 else 0)
         ]
-        # A window keeps what short convolutions read in sight, too.
+        # What the copy head finds the tokens of a page by, and the tokens.
+        make = zeros_on_demand if config.copy_width else torch.zeros  # the former cannot be empty
+        self.copy_keys = make((num_pages, page_size, config.copy_width), device=self.device, dtype=dtype)
+        self.token_ids = make((num_pages, page_size if config.copy_width else 0), device=self.device, dtype=torch.int64)
+        # A window keeps what short convolutions read in sight, too; a copy head sees all of the text.
         self.window = config.sliding_window and max(config.sliding_window, config.conv_width)
-        self.sink_pages = self.pages_for(config.attention_sinks)
+        if config.copy_width:
+            self.window = 0
+        self.sink_pages = 0 if config.copy_width else self.pages_for(config.attention_sinks)
         self._references = [0] * num_pages
         self._empty = list(range(num_pages))
         self._idle: OrderedDict[int, None] = OrderedDict()  # with content and without references, oldest first

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sheepop.models.attention import visible_places
+from sheepop.models.copying import following
 from sheepop.models.paged_cache import CachedSequence, PagedCache
 from sheepop.models.sizing import CONVOLUTIONS
 
@@ -99,6 +100,15 @@ class PagedRows:
 
     def advance(self, token_ids: Tensor) -> None:
         """Leave the count to who asked for the forward pass."""
+
+    def offer(self, key: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store what the tokens (B, T) of the forward pass are found by when copied, (B, T, W); see `Cache`."""
+        cache, size = self._cache, self._cache.page_size
+        places = self._pages.gather(1, self._positions // size) * size + self._positions % size  # (B, T)
+        cache.copy_keys.view(-1, key.shape[-1])[places[self._is_real]] = key[self._is_real]
+        cache.token_ids.view(-1)[places[self._is_real]] = token_ids[self._is_real]
+        keys, tokens = cache.copy_keys[self._pages].flatten(1, 2), cache.token_ids[self._pages].flatten(1, 2)
+        return keys[:, : self._end], following(tokens[:, : self._end]), self._positions
 
 
 def _last_tokens(cache: PagedCache, sequences: Sequence[CachedSequence]) -> Tensor:

@@ -8,6 +8,7 @@ from sheepop.models.block_attention import keeps, suits_blocks, weights_in_block
 from sheepop.models.head_loss import rows_at_once
 from sheepop.models.linear import MOST_AT_ONCE
 
+TOKEN_BYTES = 8  # int64
 CONVOLUTIONS = 2  # of a block with `conv_width` above 1: before attention and before the feed-forward
 
 
@@ -23,6 +24,7 @@ class ParameterCounts:
     convolutions: int
     norms: int
     head: int
+    copying: int
 
     @property
     def total(self) -> int:
@@ -50,6 +52,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         convolutions=CONVOLUTIONS * L * (config.conv_width - 1) * D,
         norms=(2 * L + 1) * norm + (2 * L * C if config.qk_norm else 0),
         head=0 if config.tie_weights else config.vocab_size * D,
+        copying=2 * D * config.copy_width,
     )
 
 
@@ -70,14 +73,14 @@ def forward_flops_per_token(config: ModelConfig, context: int) -> float:
 
     Matrix products only, a multiply and an add counted as two (Kaplan et al. 2020, table 1): twice the weights that
     multiply, plus scores and their use, over the (context + 1)/2 keys that a token sees on average under the causal
-    mask, or fewer with a sliding window (`most_keys`).
+    mask, or fewer with a sliding window (`most_keys`). A copy head scores the (context - 1)/2 places before a token.
     """
     L, C, H = config.num_layers, config.head_dim, config.num_heads
-    weights = inner_matrices(config) + config.d_model * config.vocab_size
+    weights = inner_matrices(config) + config.d_model * (config.vocab_size + 2 * config.copy_width)
     most = most_keys(config, context)
     # Token t sees min(t + 1, most) keys.
     keys_seen = (most * (most + 1) / 2 + (context - most) * most) / context
-    return 2.0 * weights + 4.0 * L * H * C * keys_seen
+    return 2.0 * weights + 4.0 * L * H * C * keys_seen + config.copy_width * (context - 1)
 
 
 def most_keys(config: ModelConfig, context: int) -> int:
@@ -96,10 +99,15 @@ def weight_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
 
 
 def kv_cache_bytes(config: ModelConfig, batch_size: int, length: int, bytes_per_number: int = 4) -> int:
-    """Return the bytes of keys and values, layers x B x length x 2 x K x C numbers, and of what convolutions read."""
+    """Return the bytes of keys and values, layers x B x length x 2 x K x C numbers, and of what else is remembered.
+
+    That is what convolutions read, and for a copy head a key of each token and the token.
+    """
     numbers = 2 * config.num_kv_heads * config.head_dim
     numbers += CONVOLUTIONS * config.d_model if config.conv_width > 1 else 0
-    return config.num_layers * batch_size * length * numbers * bytes_per_number
+    numbers = config.num_layers * numbers + config.copy_width
+    token = TOKEN_BYTES if config.copy_width else 0
+    return batch_size * length * (numbers * bytes_per_number + token)
 
 
 def attention_kernel(
@@ -152,8 +160,9 @@ def layer_activation_bytes(
     kernel = attention_kernel(config, T, e, on_gpu=on_gpu)
     if kernel == "blocks":
         attention += projected  # queries and keys, and values: together as projected, or a copy where those were turned
-        per_weight = (e if keeps(T) else 0) + (1 if config.dropped_attention else 0)
-        attention += per_weight * B * H * weights_in_blocks(T, config.sliding_window, config.attention_sinks)
+        sight = config.sliding_window, config.attention_sinks
+        per_weight = (e if keeps(T, *sight) else 0) + (1 if config.dropped_attention else 0)
+        attention += per_weight * B * H * weights_in_blocks(T, *sight)
         attention += projected if config.qk_norm and not is_mixed else 0
     elif kernel == "reference":
         weights = e + (e + 1 if config.dropped_attention else 0) + (4 if is_mixed and on_gpu else 0)
@@ -215,8 +224,18 @@ def activation_bytes(
     outside += N * D if config.dropout else 0
     if e < 4:  # autocast keeps a copy of each matrix that multiplies
         counts = count_parameters(config)
-        outside += e * (counts.attention + counts.feed_forward)
+        outside += e * (counts.attention + counts.feed_forward + counts.copying)
+    outside += copying_bytes(config, batch_size=batch_size, context=context, bytes_per_number=e)
     return layers + outside
+
+
+def copying_bytes(config: ModelConfig, *, batch_size: int, context: int, bytes_per_number: int) -> int:
+    """Return the bytes that a copy head keeps for its backward pass.
+
+    That is queries, keys and both sums of each token, and with mixed precision a copy of what they are made from.
+    """
+    N, W, e = batch_size * context, config.copy_width, bytes_per_number
+    return N * (2 * e * W + 8 + (e * config.d_model if e < 4 else 0)) if W else 0
 
 
 def logits_bytes(

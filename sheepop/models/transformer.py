@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sheepop.config import ModelConfig
 from sheepop.models.blocks import Context, Embedding, TransformerBlock, make_norm
 from sheepop.models.compiler import compile_graph
+from sheepop.models.copying import Copies, CopyHead, copy_sums, following
 from sheepop.models.dropout import drop
 from sheepop.models.fp8 import suits_fp8
 from sheepop.models.head_loss import summed_head_loss
@@ -46,6 +47,7 @@ class TransformerModel(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.num_layers))
         self.final_norm = make_norm(config, config.d_model)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
+        self.copy_head = CopyHead(config) if config.copy_width else None
         if config.tie_weights:
             self.head.weight = self.token_embedding.weight  # Press and Wolf 2017
         if config.quantization != "none":
@@ -96,14 +98,50 @@ class TransformerModel(nn.Module):
         """
         hidden = self.hidden_states(token_ids, document_ids=document_ids, cache=cache, record=record)
         if targets is not None:
-            return summed_head_loss(hidden, self.head.weight, targets)
+            copied = None
+            if self.copy_head is not None:
+                query, key = self.copy_head(hidden)  # (B, T, W)
+                copied = copy_sums(query, key, token_ids, targets, document_ids)
+            return summed_head_loss(hidden, self.head.weight, targets, copied)
+        copies = self.copies(hidden, token_ids, document_ids=document_ids, cache=cache)
         if last_only:
             hidden = hidden[:, -1:]
-        return tap_into(record, "")("logits", self.logits(hidden))  # (B, T, V)
+            copies = copies and copies.last()
+        tap = tap_into(record, "")
+        if copies is None:
+            return tap("logits", self.logits(hidden))  # (B, T, V)
+        scores = tap("entry_scores", self.logits(hidden))
+        copies = copies._replace(queries=tap("copying.query", copies.queries), keys=tap("copying.key", copies.keys))
+        return tap("logits", copies.add_to(scores))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the scores (..., V) of what `hidden_states` returned, or of some of it, (..., D)."""
+        """Return the scores (..., V) of what `hidden_states` returned, or of some of it, (..., D).
+
+        Of a model with a copy head they are what its `copies` are added to.
+        """
         return self.head(hidden)  # type: ignore[no-any-return]
+
+    def copies(
+        self,
+        hidden: Tensor,
+        token_ids: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Copies | None:
+        """Return what the tokens of a forward pass may copy, and let the cache keep it; None without a copy head.
+
+        Args:
+            hidden: (B, T, D), what `hidden_states` returned.
+            token_ids, document_ids, cache: what it was given.
+        """
+        if self.copy_head is None:
+            return None
+        query, key = self.copy_head(hidden)  # (B, T, W)
+        if cache is not None:
+            return Copies(query, *cache.offer(key, token_ids))
+        positions = torch.arange(token_ids.shape[1], device=token_ids.device).unsqueeze(0)
+        return Copies(query, key, following(token_ids), positions, document_ids)
 
     def hidden_states(
         self,

@@ -46,6 +46,7 @@ def parameter_rows(plan: Plan) -> list[Row]:
         "feed-forward": (counts.feed_forward, ""),
         "short convolutions": (counts.convolutions, ""),
         "norms": (counts.norms, ""),
+        "copying": (counts.copying, ""),
         "head": (counts.head, ""),
         "parameters": (counts.total, ""),
     }

@@ -31,6 +31,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     "reference with sinks": {"attention": "reference", "sliding_window": 3, "attention_sinks": 3},
     "convolutions": {"conv_width": 4},
     "convolutions in a window": {"conv_width": 4, "sliding_window": 2},
+    "copying": {"copy_width": 8},
+    "copying beyond the window": {"copy_width": 8, "sliding_window": 2, "attention_sinks": 1, "ngram_order": 2},
     "n-grams": {"ngram_order": 2, "ngram_entries": 97},
     "longer n-grams": {"ngram_order": 4, "ngram_entries": 97, "positions": "learned"},
     "parallel": {"parallel_residual": True, "rotary_dim": 2},

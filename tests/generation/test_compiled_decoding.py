@@ -30,6 +30,7 @@ FAMILIES = {
         "ngram_order": 3,
         "ngram_entries": 31,
         "conv_width": 4,
+        "copy_width": 8,
         "positions": "learned",
     },
     "quantized": {"d_model": 64, "d_ff": 64, "bias": True},

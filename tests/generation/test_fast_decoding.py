@@ -31,6 +31,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "GPT-NeoX": {"parallel_residual": True, "rotary_dim": 6, "bias": True},
     "convolutions": {"conv_width": 4, "norm": "rmsnorm", "num_kv_heads": 2},
     "parallel convolutions": {"conv_width": 3, "parallel_residual": True},
+    "copying": {"copy_width": 8, "sliding_window": 3},
     "groups of tokens": {"ngram_order": 3, "ngram_entries": 57, "activation": "geglu"},
     "stretched": {"rope_scaling": "yarn", "rope_scaling_factor": 2.0},
 }
@@ -70,6 +71,7 @@ def test_kernels_compute_what_the_model_computes(
         for kept in ("keys", "values"):
             found, wanted = (torch.stack(getattr(cache, kept))[..., :17, :] for cache in (fast, slow))
             close(found, wanted)
+        close(fast.copy_keys, slow.copy_keys)
 
 
 @pytest.mark.parametrize("family", ["modern", "sinks"])

@@ -26,6 +26,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     "more sinks than tokens": {"sliding_window": 2, "attention_sinks": 40, "positions": "learned"},
     "reference with sinks": {"attention": "reference", "sliding_window": 3, "attention_sinks": 3},
     "convolutions": {"conv_width": 4},
+    "copying": {"copy_width": 8},
+    "copying beyond the window": {"copy_width": 8, "sliding_window": 3, "attention_sinks": 2},
     "n-grams": {"ngram_order": 3, "ngram_entries": 97},
     "parallel": {"parallel_residual": True, "rotary_dim": 2},
     "reference attention": {"attention": "reference", "num_kv_heads": 2, "sliding_window": 3},

@@ -136,6 +136,7 @@ def test_rows_that_fill_no_blocks_are_in_fp16(tmp_path, checkpoint):
 INEXPRESSIBLE = [
     ("modern", {"ngram_order": 3}, r"model\.ngram_order is 3"),
     ("modern", {"conv_width": 4}, r"model\.conv_width is 4"),
+    ("modern", {"copy_width": 8}, r"model\.copy_width is 8.*model\.copy_width 0 to export"),
     ("classic", {}, r"for gptneox model\.activation is gelu, not gelu_tanh"),
     ("classic", GPT2 | {"activation": "relu"}, r"for gpt2 model\.activation is relu, not gelu_tanh"),
     ("classic", NEOX | {"qk_norm": True}, r"for gptneox model\.qk_norm is true, not false"),

@@ -104,6 +104,7 @@ def test_the_tokenizer_is_theirs_too(tmp_path, checkpoint, tokenizer):
 INEXPRESSIBLE = [
     ("modern", {"ngram_order": 3}, r"model\.ngram_order is 3"),
     ("modern", {"conv_width": 4}, r"model\.conv_width is 4"),
+    ("modern", {"copy_width": 8}, r"model\.copy_width is 8.*model\.copy_width 0 to export"),
     ("classic", {"qk_norm": True}, r"for GPTNeoXForCausalLM model\.qk_norm is true, not false"),
     ("modern", {"sliding_window": 5, "attention_sinks": 2}, r"for Qwen3ForCausalLM model\.attention_sinks is 2, not 0"),
     ("modern", {"positions": "none"}, r"model\.positions is none, not rotary"),

@@ -36,6 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "no positions": {"positions": "none", "activation": "geglu"},
     "parallel": {"parallel_residual": True, "rotary_dim": 2, "activation": "relu_squared", "head_dim": 8},
     "convolutions": {**MODERN, "conv_width": 3},
+    "copying": {**MODERN, "copy_width": 6},
     "n-grams": {"ngram_order": 3, "ngram_entries": 50, "rope_scaling": "linear", "rope_scaling_factor": 2.0},
     "yarn": {"rope_scaling": "yarn", "rope_scaling_factor": 2.0, "activation": "relu"},
     "quantized": {**MODERN, "bias": True, "sliding_window": 99, "activation": "swiglu"},

@@ -19,7 +19,7 @@ from sheepop.learn.trace import Trace
 from sheepop.models.blocks import ACTIVATIONS
 
 TOLERANCE = 1e-6
-FAMILIES = ("classic", "window", "sinks", "convolutions", "learned", "sinusoidal")  # between them they have all parts
+FAMILIES = ("classic", "window", "sinks", "convolutions", "copying", "learned", "sinusoidal")  # between them they have all parts
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,13 @@ MUTATIONS = (
         {"causal_mask"},
         "sheepop.models.attention:visible",
         {"places < sinks": "places <= sinks"},
+    ),
+    Mutation(
+        "a place that copies the token that is to be guessed",
+        {"copying"},
+        "sheepop.models.copying:Copies.visible",
+        {"places < self.positions": "places <= self.positions"},
+        traced={"copying", "cross_entropy"},  # the latter by a loss that is made without this line
     ),
     Mutation(
         "the farthest token first",
@@ -359,7 +366,7 @@ MUTATIONS = (
         "work without the head",
         {"forward_flops"},
         f"{SIZING}:forward_flops_per_token",
-        {"inner_matrices(config) + config.d_model * config.vocab_size": "inner_matrices(config)"},
+        {"inner_matrices(config) + config.d_model * (config.vocab_size + 2": "inner_matrices(config) + (2"},
     ),
 )
 

@@ -40,6 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "no positions": {"positions": "none", "activation": "geglu"},
     "parallel": {"parallel_residual": True, "rotary_dim": 2},
     "convolutions": {"conv_width": 4},
+    "copying": {"copy_width": 8},
     "n-grams": {"ngram_order": 3, "ngram_entries": 50},
 }
 

@@ -92,7 +92,7 @@ def test_blocks_learn_as_the_reference(kv_heads, group, time, window, sinks, doc
     results = []
     for implementation in (attention, block_attention):
         leaves = [part.clone().requires_grad_() for part in parts]
-        with mock.patch.object(blocks_of_queries, "MOST_KEPT_TIME", most_kept):
+        with mock.patch.object(blocks_of_queries, "MOST_KEPT", most_kept):
             mixed = implementation(*leaves, window=window, sinks=sinks if window else 0, document_ids=ids)
             mixed.backward(wanted)
         results.append([mixed.detach(), *(leaf.grad for leaf in leaves)])
@@ -125,7 +125,7 @@ def test_training_on_a_cpu_goes_in_blocks_and_nothing_else_does(dtype, monkeypat
 @pytest.mark.parametrize("most_kept", [0, 256])
 def test_blocks_drop_weights_in_the_backward_pass_as_in_the_forward_pass(most_kept, monkeypatch):
     """The mixture is linear in the values, so that their gradient times them is the mixture times its gradient."""
-    monkeypatch.setattr(blocks_of_queries, "MOST_KEPT_TIME", most_kept)
+    monkeypatch.setattr(blocks_of_queries, "MOST_KEPT", most_kept)
     attend = partial(block_attention, dropout=0.4)
     query, key, value = (part.double().requires_grad_() for part in tensors(2, 4, 2, 150, 150, 3))
     wanted = torch.randn(2, 4, 150, 3, dtype=torch.float64)
@@ -154,7 +154,7 @@ def test_weights_made_again_are_those_that_were_kept(hides, dropout, dtype, monk
     ids = (torch.arange(150) > 90).long().expand(2, -1)
     results = []
     for most_kept in (256, 0):
-        monkeypatch.setattr(blocks_of_queries, "MOST_KEPT_TIME", most_kept)
+        monkeypatch.setattr(blocks_of_queries, "MOST_KEPT", most_kept)
         torch.manual_seed(3)
         leaves = [part.clone().requires_grad_() for part in parts]
         mixed = block_attention(*leaves, **hides, document_ids=ids, dropout=dropout)

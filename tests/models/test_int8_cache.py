@@ -47,12 +47,12 @@ def test_logits_are_close(sight: dict[str, int]) -> None:
     torch.testing.assert_close(exact, whole, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("conv_width", [1, 4])
-def test_page_bytes_are_those_of_the_tensors(conv_width: int) -> None:
-    config = CONFIG.model_copy(update={"conv_width": conv_width})
+@pytest.mark.parametrize("changes", [{}, {"conv_width": 4}, {"copy_width": 8}], ids=str)
+def test_page_bytes_are_those_of_the_tensors(changes: dict[str, int]) -> None:
+    config = CONFIG.model_copy(update=changes)
     for kind in (PagedCache, Int8PagedCache):
         cache = kind(config, 7, 5)
-        tensors = cache.keys + cache.values + cache.inputs
+        tensors = [*cache.keys, *cache.values, *cache.inputs, cache.copy_keys, cache.token_ids]
         if isinstance(cache, Int8PagedCache):
             tensors += cache.key_scales + cache.value_scales
         held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)

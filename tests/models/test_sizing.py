@@ -71,6 +71,8 @@ VARIANTS = [
     ("modern", {"ngram_order": 4, "ngram_entries": 99}),
     ("classic", {"conv_width": 4, "dropout": 0.0}),
     ("modern", {"conv_width": 4}),
+    ("classic", {"copy_width": 24, "dropout": 0.0}),
+    ("modern", {"copy_width": 24}),
     ("modern", {"qk_norm": False, "num_heads": 5, "num_kv_heads": 5}),
 ]
 

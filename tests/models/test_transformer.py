@@ -42,6 +42,8 @@ VARIANTS = [
     {**MODERN, "head_dim": 10, "rotary_dim": 6},
     {**CLASSIC, "conv_width": 4},
     {**MODERN, "conv_width": 2, "sliding_window": 3},
+    {**CLASSIC, "copy_width": 5},
+    {**MODERN, "copy_width": 40, "conv_width": 2, "sliding_window": 3},
     {**CLASSIC, "ngram_order": 2},
     {**MODERN, "ngram_order": 4, "ngram_entries": 41, "positions": "learned"},
 ]

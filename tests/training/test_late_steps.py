@@ -126,8 +126,9 @@ def test_a_signal_saves_what_was_made_and_the_run_goes_on_as_it_was(tmp_path, tr
         {},
         {"model.dropout": 0.1, "model.attention_dropout": 0.1, "model.conv_width": 4, "model.ngram_order": 2},
         {"model.sliding_window": 5, "model.attention_sinks": 1, "model.activation": "gelu"},
+        {"model.copy_width": 8},
     ],
-    ids=["plain", "dropout", "window"],
+    ids=["plain", "dropout", "window", "copying"],
 )
 def test_a_step_asks_its_device_for_nothing(tiny_config, bare_run, monkeypatch, optimizer, model):
     """On the device `meta`, which has no numbers: whoever wants to know one fails there, and would wait on a GPU."""

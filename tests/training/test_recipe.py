@@ -125,6 +125,16 @@ def test_what_was_given_is_kept_and_the_rest_is_chosen_around_it():
         choice_for(3, model__d_model=80, model__num_heads=7)
 
 
+def test_a_head_that_copies_sees_more_of_the_text():
+    plain, copying = choice_for(10).config, choice_for(10, model__copy_width=64).config
+    assert copying.data.max_length > 2 * plain.data.max_length
+    assert (plain.model.sliding_window, copying.model.sliding_window) == (0, 128)
+    given_too = choice_for(10, model__copy_width=64, data__max_length=48, model__sliding_window=9).config
+    assert (given_too.data.max_length, given_too.model.sliding_window) == (48, 9)
+    short = choice_for(10, 1_000, model__copy_width=64).config
+    assert 8 * short.data.max_length <= 1_000
+
+
 def test_a_model_that_does_not_fit_into_memory_is_not_chosen():
     everything = choice_for(3000, 10**9)
     small = MachineFacts("cpu", LAPTOP.overhead, LAPTOP.speeds, LAPTOP.bandwidth, memory=200_000_000)

@@ -10,7 +10,7 @@ from torch import Tensor
 from sheepop.config import ModelConfig
 from sheepop.learn.evaluation import Part
 from sheepop.learn.formula import Formula, Meaning
-from sheepop.learn.functions import Applied, Stacked
+from sheepop.learn.functions import Applied, Indicator, Stacked
 from sheepop.learn.notation import (
     D,
     L,
@@ -25,12 +25,15 @@ from sheepop.learn.notation import (
     matrix_sum,
     over,
     plus,
+    s,
     t,
     times,
+    v,
 )
 from sheepop.learn.parts import block_of, context_of, part_of, sample_run
 from sheepop.learn.trace import Trace
 from sheepop.models.blocks import TransformerBlock
+from sheepop.models.copying import following
 from sheepop.models.short_convolution import ShortConvolution
 
 STREAM, MADE = sympy.MatrixSymbol("X", T, D), sympy.MatrixSymbol("Y", T, D)
@@ -39,6 +42,9 @@ ATTENDED = Applied(sympy.Symbol("Attention"), Applied(sympy.Symbol("Norm_1"), ST
 
 
 NORMED, READ = array("Y", T, D), array("R", T, D)
+WIDTH = sympy.Symbol("W", integer=True, positive=True)
+COPIED, ENTRIES, FOLLOWER = array("Z^C", T, V), array("Z", T, V), array("y", T)
+ASKED, FOUND_BY = array("Q", T, WIDTH), array("K", T, WIDTH)
 BACK = sympy.Symbol("J", integer=True, positive=True)
 MIXING = array("w", BACK, D)
 BEFORE = NORMED[t - 1 - j, i]
@@ -99,6 +105,23 @@ def read(site: int) -> Callable[[Trace, int], Part]:
     return inner(compute)
 
 
+def entry_scores(run: Trace, _layer: int) -> Tensor:
+    """Return the head's scores, before anything is copied."""
+    return run["entry_scores" if "entry_scores" in run else "logits"]
+
+
+def followers(run: Trace, _layer: int) -> Tensor:
+    """Return the token after each place of a run's text."""
+    return following(run.token_ids[None])[0]
+
+
+def missing_where_nothing_is_copied(config: ModelConfig) -> str | None:
+    """Say why a model has no head that copies."""
+    return (
+        None if config.copy_width else "its model.copy_width is 0: its head scores the entries of the vocabulary alone"
+    )
+
+
 CONVOLUTION = {
     "R": Meaning("what attention reads", "blocks.{layer}.attention.read"),
     "Y": Meaning("the normalised stream", "blocks.{layer}.attention_norm"),
@@ -119,7 +142,7 @@ BLOCK = {
     "FFN": Meaning("the feed-forward", value=inner(lambda block, x: block.feed_forward(x))),
 }
 FORWARD = {
-    "Z": Meaning("scores of all entries of the vocabulary at each place", "logits"),
+    "Z": Meaning("scores of all entries of the vocabulary at each place", value=entry_scores),
     "E": Meaning("embedding of the text", "embedding"),
     "Block": Meaning("the blocks, one behind the other", value=blocks_of),
     "L": Meaning("layers", value=lambda run, _: run.model.config.num_layers),
@@ -128,6 +151,14 @@ FORWARD = {
         "the head: a row for each entry, often the table of embeddings itself",
         value=lambda run, _: run.model.head.weight,
     ),
+}
+COPYING = {
+    "Z^C": Meaning("scores with what is copied", "logits"),
+    "Z": Meaning("scores of all entries of the vocabulary at each place", value=entry_scores),
+    "Q": Meaning("what each place looks for", "copying.query"),
+    "K": Meaning("what each place is found by", "copying.key"),
+    "y": Meaning("the token after each place, -1 behind the last", value=followers),
+    "W": Meaning("how many numbers that is", value=lambda run, _: run.model.config.copy_width),
 }
 
 FORMULAS = (
@@ -217,5 +248,46 @@ FORMULAS = (
         """,
         source="Radford et al. 2019, Language Models are Unsupervised Multitask Learners; Vaswani et al. 2017",
         sample=sample_run(FORWARD, "Z", positions="learned", norm="rmsnorm"),
+    ),
+    Formula(
+        name="copying",
+        title="Copying",
+        equation=equals(
+            COPIED[t, v],
+            sympy.log(
+                plus(
+                    sympy.exp(ENTRIES[t, v]),
+                    over(
+                        times(
+                            Indicator(sympy.And(s < t, sympy.Eq(FOLLOWER[s], v))),
+                            sympy.exp(over(times(ASKED[t, i], FOUND_BY[s, i]), i, WIDTH)),
+                        ),
+                        s,
+                        T,
+                    ),
+                )
+            ),
+        ),
+        meanings=COPYING,
+        code="sheepop.models.copying:Copies.add_to",
+        line="both = torch.logaddexp(",
+        kids="""
+            Somebody who writes about a girl with a rare name does not invent it anew each time. They look up the page
+            to where they were about to write a name before, and copy what stands there.
+        """,
+        scientists="""
+            One softmax over entries and places: an entry has its own share and those of all places that it followed.
+            What a place is found by are projections of what the head reads there, so that contexts which predict the
+            same find each other. Attention can learn to repeat, but its values pass through C numbers a head, and a
+            small model needs long to find tokens there again; here what is copied is the token itself.
+        """,
+        pitfalls="""
+            Letting a place offer its own token, or one see itself, whose next token is the one to be guessed; adding
+            scores instead of their exponentials, by which a token that stood there twice gets their product; copying
+            from another text that shares the row.
+        """,
+        source="Gu et al. 2016, CopyNet, section 3.3; Merity et al. 2016, Pointer Sentinel; Grave et al. 2016",
+        sample=sample_run(COPYING, "Z^C", copy_width=6),
+        missing=missing_where_nothing_is_copied,
     ),
 )

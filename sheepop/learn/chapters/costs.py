@@ -13,6 +13,7 @@ from sheepop.learn.trace import Trace
 from sheepop.models.kv_cache import KVCache
 from sheepop.models.sizing import (
     CONVOLUTIONS,
+    TOKEN_BYTES,
     count_parameters,
     forward_flops_per_token,
     kv_cache_bytes,
@@ -22,6 +23,7 @@ from sheepop.models.sizing import (
 
 BYTES, NUMBERS, FLOPS = sympy.symbols(r"M N \mathrm{FLOPs}")
 WIDTH, HEADS, ROWS, MATRICES, VECTORS, BIASED, NORMED, STREAMS, WINDOW = sympy.symbols("b a R m n b q s W")
+COPY_WIDTH, COPIES = sympy.symbols("u z")
 
 
 def cached_streams(config: ModelConfig) -> int:
@@ -54,6 +56,8 @@ OF_SETTINGS: dict[str, tuple[str, Callable[[ModelConfig], float]]] = {
     ),
     "s": ("what a layer's short convolutions read: 2 streams, 0 without them", cached_streams),
     "b": ("1 where linear layers have biases, else 0", lambda config: int(config.bias)),
+    "u": ("width of what a head that copies finds tokens by, 0 without one", lambda config: config.copy_width),
+    "z": ("1 where the head copies, else 0", lambda config: int(config.copy_width > 0)),
     "q": ("1 where queries and keys are normalised, else 0", lambda config: int(config.qk_norm)),
 }
 
@@ -97,6 +101,7 @@ def random_config(random: np.random.Generator) -> ModelConfig:
         positions=one_of("rotary", "learned", "none"),
         ngram_order=one_of(1, 3),
         conv_width=one_of(1, 4),
+        copy_width=one_of(0, 6),
         qk_norm=one_of(True, False),
         sliding_window=window,
         attention_sinks=sinks,
@@ -128,7 +133,8 @@ def allocated(run: Trace, _layer: int) -> int:
     """Return the bytes of a cache that holds a run's tokens."""
     model = run.model
     cache = KVCache(model.config, 1, len(run.token_ids), dtype=model.dtype)
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*cache.keys, *cache.values, *cache.inputs))
+    remembered = (*cache.keys, *cache.values, *cache.inputs, cache.copy_keys, cache.token_ids)
+    return sum(tensor.numel() * tensor.element_size() for tensor in remembered)
 
 
 def missing_where_quantized(config: ModelConfig) -> str | None:
@@ -138,18 +144,31 @@ def missing_where_quantized(config: ModelConfig) -> str | None:
     return f"its model.quantization is '{config.quantization}': it has rounded numbers in the place of parameters"
 
 
-CACHE = ("L", "H_{KV}", "C", "s", "D")
-COUNT = ("L", "D", "H", "H_{KV}", "C", "F", "V", "a", "R", "m", "n", "b", "q")
-WORK = ("L", "D", "H", "H_{KV}", "C", "F", "V", "m")
+CACHE = ("L", "H_{KV}", "C", "s", "D", "u", "z")
+COUNT = ("L", "D", "H", "H_{KV}", "C", "F", "V", "a", "R", "m", "n", "b", "q", "u")
+WORK = ("L", "D", "H", "H_{KV}", "C", "F", "V", "m", "u")
 PLACES = Meaning("tokens of the text", value=lambda run, _: len(run.token_ids))
 
 FORMULAS = (
     Formula(
         name="kv_cache_bytes",
         title="Memory of the key/value cache",
-        equation=equals(BYTES, times(L, B, T, WIDTH, plus(times(2, KV_HEADS, C), times(STREAMS, D)))),
+        equation=equals(
+            BYTES,
+            times(
+                B,
+                T,
+                plus(
+                    times(WIDTH, plus(times(L, plus(times(2, KV_HEADS, C), times(STREAMS, D))), COPY_WIDTH)),
+                    times(TOKEN_BYTES, COPIES),
+                ),
+            ),
+        ),
         meanings={
-            "M": Meaning("bytes of all keys and values, and of what short convolutions read", value=allocated),
+            "M": Meaning(
+                "bytes of all keys and values, of what short convolutions read, and of what can be copied",
+                value=allocated,
+            ),
             **from_settings(*CACHE),
             "B": Meaning("texts at a time; 1 where a run is shown", value=lambda _, __: 1),
             "T": PLACES,
@@ -163,8 +182,8 @@ FORMULAS = (
         """,
         scientists="""
             One key and one value of C numbers for each layer, key/value head and token; short convolutions keep two
-            streams of D beside them. It grows with the length of the text, unlike the weights, and at long contexts
-            can outweigh them; grouped heads shrink it by H over H_KV.
+            streams of D beside them, and a head that copies a key and the token. It grows with the length of the text,
+            unlike the weights, and at long contexts can outweigh them; grouped heads shrink it by H over H_KV.
         """,
         pitfalls="""
             Counting query heads instead of key/value heads; forgetting that keys and values are two; a cache for the
@@ -179,7 +198,7 @@ FORMULAS = (
         equation=equals(
             NUMBERS,
             plus(
-                times(D, plus(times(HEADS, V), ROWS)),
+                times(D, plus(times(HEADS, V), ROWS, times(2, COPY_WIDTH))),
                 times(L, plus(times(2, D, C, plus(H, KV_HEADS)), times(MATRICES, D, F))),
                 times(VECTORS, D, plus(times(2, L), 1)),
                 times(2, NORMED, L, C),
@@ -204,9 +223,9 @@ FORMULAS = (
             others. Training means to turn every single one of them until the machine says sensible things.
         """,
         scientists="""
-            Tables; projections of attention and feed-forward in every layer; norms of queries and keys, and of the
-            stream; biases. With H = H_KV, HC = D and F = 4D a layer has close to 12D², and the tables matter less the
-            deeper and wider a model is.
+            Tables, and the projections of a head that copies; those of attention and feed-forward in every layer; norms
+            of queries and keys, and of the stream; biases. With H = H_KV, HC = D and F = 4D a layer has close to 12D²,
+            and the tables matter less the deeper and wider a model is.
         """,
         pitfalls="""
             Counting a tied head twice; leaving out the third matrix of a gated feed-forward; comparing models of equal
@@ -222,8 +241,13 @@ FORMULAS = (
         equation=equals(
             FLOPS,
             plus(
-                times(2, D, plus(times(L, plus(times(2, C, plus(H, KV_HEADS)), times(MATRICES, F))), V)),
+                times(
+                    2,
+                    D,
+                    plus(times(L, plus(times(2, C, plus(H, KV_HEADS)), times(MATRICES, F))), V, times(2, COPY_WIDTH)),
+                ),
                 times(4, L, H, C, ratio(times(WINDOW, plus(times(2, T), 1, -WINDOW)), times(2, T))),
+                times(COPY_WIDTH, plus(T, -1)),
             ),
         ),
         meanings={
@@ -246,8 +270,9 @@ FORMULAS = (
         """,
         scientists="""
             Twice the weights that multiply, plus scores and mixing over the keys that a token sees, without a window
-            (T + 1)/2 of them on the average. Norms, softmax and activations are left out, being of lower order.
-            Training costs three times as much, since the backward pass has two products for each one here.
+            (T + 1)/2 of them on the average; a head that copies scores all before a token. Norms, softmax and
+            activations are left out, being of lower order. Training costs three times as much, since the backward pass
+            has two products for each one here.
         """,
         pitfalls="""
             Counting a multiplication and an addition as one; counting the embedding, which is a look-up; forgetting the

@@ -8,6 +8,7 @@ from sheepop.evaluation.perplexity import bits_per_byte, perplexity
 from sheepop.learn.formula import Formula, Meaning
 from sheepop.learn.notation import T, V, array, equals, mean, over, ratio, t, times, u
 from sheepop.learn.trace import Trace
+from sheepop.models.copying import copy_sums
 from sheepop.models.head_loss import summed_head_loss
 from sheepop.utils.errors import DataError
 
@@ -30,8 +31,13 @@ def loss_of(run: Trace, _layer: int) -> float:
     """Return the loss that the head finds over a run's text, in nats per token; errors as `check_next`."""
     check_next(run)
     hidden, weight = run["final_norm"][None, :-1], run.model.head.weight.to("cpu")
+    inputs, targets = run.token_ids[None, :-1], run.token_ids[None, 1:]
+    copied = None
+    if run.model.copy_head is not None:
+        query, key = (run[f"copying.{name}"][None, :-1] for name in ("query", "key"))
+        copied = copy_sums(query, key, inputs, targets)
     with torch.inference_mode():
-        return float(summed_head_loss(hidden, weight, run.token_ids[None, 1:])) / (len(run.token_ids) - 1)
+        return float(summed_head_loss(hidden, weight, targets, copied)) / (len(run.token_ids) - 1)
 
 
 def guesses(run: Trace, _layer: int) -> torch.Tensor:
@@ -85,7 +91,7 @@ FORMULAS = (
             "y": Meaning("the next token at each place", value=lambda run, _: run.token_ids[1:]),
         },
         code="sheepop.models.head_loss:HeadLoss.forward",
-        line="loss -= scores.gather(1, wanted)",
+        line="losses = -scores.gather(1, wanted)",
         kids="""
             You have a pile of chips and spread them over all words that might come next. Only the chips on the word
             that really comes count: many chips there mean a small penalty, none at all an endless one.

@@ -19,7 +19,8 @@ from sheepop.learn.trace import Trace
 from sheepop.models.blocks import ACTIVATIONS
 
 TOLERANCE = 1e-6
-FAMILIES = ("classic", "window", "sinks", "convolutions", "copying", "learned", "sinusoidal")  # between them they have all parts
+# Between them they have all parts.
+FAMILIES = ("classic", "window", "sinks", "convolutions", "copying", "learned", "sinusoidal")
 
 
 @dataclass(frozen=True)

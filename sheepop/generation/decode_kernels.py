@@ -34,7 +34,7 @@ ANY_ORDER = {"reassoc", "contract", "nsz", "arcp"}
 AT_ONCE = 4  # sequences for which a weight is read and turned into fp32 once
 ACTIVATED_AT_ONCE = 256  # features that one core takes at a time
 TOKENS_AHEAD = 2 * TILE  # whose keys or values are on their way while others are used
-NOTHING = np.float32(0)
+NOTHING, SMALLEST = np.float32(0), np.finfo(np.float32).tiny
 
 
 @njit(parallel=True, fastmath=ANY_ORDER, cache=True)
@@ -159,6 +159,39 @@ def convolve(hidden: Floats, weight: Floats, site: int, positions: Integers, sto
             earlier = stored[pages[n, at // page_size], site, at % page_size]
             for d in range(hidden.shape[1]):
                 hidden[n, d] += weight[distance - 1, d] * earlier[d]
+
+
+@njit(parallel=True, fastmath=ANY_ORDER, cache=True)
+def add_copies(
+    queries: Floats, positions: Integers, keys: Floats, tokens: Integers, pages: Integers, logits: Floats
+) -> None:
+    """Add to logits (N, V) what each sequence's newest token may copy, as `Copies.add_to` does.
+
+    Args:
+        queries: (N, W).
+        positions, pages: as in `place_heads`.
+        keys: (all pages, S, W), what the tokens of each place are found by.
+        tokens: (all pages, S).
+    """
+    page_size = keys.shape[1]
+    for n in prange(len(queries)):
+        if not positions[n]:
+            continue
+        scores = np.zeros(positions[n], dtype=np.float32)
+        for s in range(len(scores)):
+            key = keys[pages[n, s // page_size], s % page_size]
+            for w in range(len(key)):
+                scores[s] += queries[n, w] * key[w]
+        highest = scores.max()
+        sums = np.zeros(logits.shape[1], dtype=np.float32)
+        for s in range(len(scores)):
+            offered = tokens[pages[n, (s + 1) // page_size], (s + 1) % page_size]
+            sums[offered] += exp_fp32(scores[s] - highest)
+        for v in range(len(sums)):
+            if sums[v] >= SMALLEST:
+                copied = np.log(sums[v]) + highest
+                most = max(logits[n, v], copied)
+                logits[n, v] = most + np.log(np.exp(logits[n, v] - most) + np.exp(copied - most))
 
 
 @njit(fastmath=ANY_ORDER, cache=True)

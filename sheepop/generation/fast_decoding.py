@@ -23,7 +23,6 @@ from sheepop.generation.vector_dots import GROUP
 from sheepop.generation.vector_integers import HAS_INTEGERS, MOST_INPUTS
 from sheepop.generation.vector_tiles import PANEL
 from sheepop.models.blocks import TransformerBlock
-from sheepop.models.copying import Copies, following
 from sheepop.models.kv_cache import KVCache
 from sheepop.models.paged_cache import PagedCache
 from sheepop.models.quantized_layers import QuantizedEmbedding, QuantizedLinear
@@ -62,6 +61,10 @@ class FastDecoder:
         self.layers = [Layer(block) for block in self.reader.blocks if isinstance(block, TransformerBlock)]
         self.final_norm = norm_of(model.final_norm)
         self.head = product_of(self.reader.head)
+        copy_head = self.reader.copy_head
+        self.copying: tuple[Product, ...] = (
+            () if copy_head is None else (product_of(copy_head.query), product_of(copy_head.key))
+        )
 
     def __call__(self, token_ids: Tensor, cache: KVCache) -> Tensor:
         """Return what `model(token_ids, cache=cache, last_only=True)` returns: (N, T) to (N, 1, V)."""
@@ -124,43 +127,31 @@ class FastDecoder:
             kernels.activate(inner, activation, config.is_gated, activated)
             layer.feed_forward_output(activated, stream, True)
         self.final_norm(stream, normed)
-        chosen = range(rows) if wanted is None else wanted
-        copies = self.copies(torch.from_numpy(normed), token_ids, positions, pages, cache, chosen)
-        if len(chosen) < rows:
-            normed = normed[chosen]
+        copies = self.remember(normed, token_ids, positions, pages, cache) if self.copying else None
+        if wanted is not None and len(wanted) < rows:
+            normed, positions, pages = normed[wanted], positions[wanted], pages[wanted]
         logits = aligned(len(normed), config.vocab_size)
         self.head(normed, logits, False)
-        scores = torch.from_numpy(logits)
-        return scores if copies is None else copies.add_to(scores.unsqueeze(1))[:, 0]
+        if copies is not None:
+            queries = aligned(len(normed), config.copy_width)
+            self.copying[0](normed, queries, False)
+            kernels.add_copies(queries, positions, *copies, pages, logits)
+        return torch.from_numpy(logits)
 
-    def copies(
-        self,
-        hidden: Tensor,
-        token_ids: Tensor,
-        positions: Integers,
-        pages: Integers,
-        cache: KVCache | PagedCache,
-        wanted: Sequence[int],
-    ) -> Copies | None:
-        """Return what the wanted ones of N tokens may copy, each as a text of its own, and store what all are found by.
+    def remember(
+        self, hidden: Floats, token_ids: Tensor, positions: Integers, pages: Integers, cache: KVCache | PagedCache
+    ) -> tuple[Floats, Integers]:
+        """Store tokens and what they are found by when copied; return where those of all texts are.
 
         Args:
             hidden: (N, D), what the head reads; the others are those of `step`.
         """
-        head = self.reader.copy_head
-        if head is None:
-            return None
-        keys, tokens = cache.copy_keys, cache.token_ids  # (all pages, page size, W) and (all pages, page size)
-        size, end = keys.shape[1], int(positions.max()) + 1
-        places = torch.from_numpy(pages[np.arange(len(pages)), positions // size] * size + positions % size)
-        keys.view(-1, keys.shape[2])[places] = head.key(hidden)
-        tokens.view(-1)[places] = token_ids
-        chosen = list(wanted)
-        used = torch.from_numpy(pages[chosen, : -(-end // size)])  # (n, pages of the longest)
-        seen = slice(0, end)  # less than a page where a page is the whole text
-        found_by, known = (stored[:, seen][used].flatten(1, 2)[:, seen] for stored in (keys, tokens.unsqueeze(2)))
-        queries = head.query(hidden[chosen]).unsqueeze(1)  # (n, 1, W)
-        return Copies(queries, found_by, following(known[..., 0]), torch.from_numpy(positions[chosen]).unsqueeze(1))
+        keys, tokens = cache.copy_keys.numpy(), cache.token_ids.numpy()  # (all pages, S, W) and (all pages, S)
+        found_by = aligned(len(hidden), keys.shape[2])
+        self.copying[1](hidden, found_by, False)
+        page, place = pages[np.arange(len(pages)), positions // keys.shape[1]], positions % keys.shape[1]
+        keys[page, place], tokens[page, place] = found_by, token_ids.numpy()
+        return keys, tokens
 
 
 class Layer:

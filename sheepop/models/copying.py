@@ -55,21 +55,22 @@ class Copies(NamedTuple):
         """Return logits (B, T, V) with what is copied: ln of the sum of both exponentials, in fp32 at least."""
         wide = torch.promote_types(logits.dtype, torch.float32)
         scores = (self.queries @ self.keys.transpose(1, 2)).to(wide)  # (B, T, S)
-        scores = scores.masked_fill(~self.visible(), -torch.inf)
+        is_seen = visible(self.keys.shape[1], self.positions, self.document_ids)
+        scores = scores.masked_fill(~is_seen, -torch.inf)
         highest = scores.amax(-1, keepdim=True).clamp(min=LOWEST)  # (B, T, 1); the first token sees no place
         offered = self.offered.clamp(min=0).unsqueeze(1).expand_as(scores)
         copied = torch.zeros_like(logits, dtype=wide).scatter_add_(2, offered, (scores - highest).exp())
         both = torch.logaddexp(logits.to(wide), copied.clamp(min=SMALLEST).log() + highest)
         return torch.where(copied >= SMALLEST, both, logits.to(wide))
 
-    def visible(self) -> Tensor:
-        """Say which places each token sees, (B, T, S) or (1, T, S)."""
-        places = torch.arange(self.keys.shape[1], device=self.keys.device)  # (S,)
-        is_before = places < self.positions.unsqueeze(-1)
-        if self.document_ids is None:
-            return is_before
-        own = self.document_ids.gather(1, self.positions.expand(len(self.document_ids), -1))  # (B, T)
-        return is_before & (self.document_ids.unsqueeze(1) == own.unsqueeze(2))
+
+def visible(num_places: int, positions: Tensor, document_ids: Tensor | None) -> Tensor:
+    """Say which of S places tokens see that stand at `positions` (B, T) or (1, T): (B, T, S) or (1, T, S)."""
+    is_before = torch.arange(num_places, device=positions.device) < positions.unsqueeze(-1)
+    if document_ids is None:
+        return is_before
+    own = document_ids.gather(1, positions.expand(len(document_ids), -1))  # (B, T)
+    return is_before & (document_ids.unsqueeze(1) == own.unsqueeze(2))
 
 
 class CopyHead(nn.Module):
@@ -113,9 +114,8 @@ class CopySums(torch.autograd.Function):
         """Map (B, T, W) twice and (B, T) ids to (2, B, T)."""
         ctx.save_for_backward(query, key, token_ids, targets, document_ids)
         sums = []
-        for _, powers, is_right, highest in blocks(query, key, token_ids, targets, document_ids):
-            totals = torch.stack((powers.sum(-1), (powers * is_right).sum(-1)))  # (2, B, n)
-            sums.append(torch.where(totals >= SMALLEST, totals.log() + highest, -torch.inf))
+        for block in blocks(query, key, token_ids, targets, document_ids):
+            sums.append(torch.where(block.totals >= SMALLEST, block.totals.log() + block.highest, -torch.inf))
         return torch.cat(sums, 2)
 
     @staticmethod
@@ -123,11 +123,11 @@ class CopySums(torch.autograd.Function):
         """Return the gradients of query and key for that of the sums, (2, B, T)."""
         query, key, *rest = ctx.saved_tensors
         query_gradient, key_gradient = torch.empty_like(query), torch.zeros_like(key, dtype=torch.float32)
-        for here, powers, is_right, _ in blocks(query, key, *rest):
-            totals = torch.stack((powers.sum(-1), (powers * is_right).sum(-1)))  # (2, B, n)
-            shares = torch.where(totals >= SMALLEST, gradient[:, :, here] / totals, 0.0).unsqueeze(-1)
-            factors = torch.where(is_right, shares[0] + shares[1], shares[0])  # (B, n, S)
-            errors = powers.mul_(factors).to(query.dtype)  # of the scores
+        for block in blocks(query, key, *rest):
+            here = block.here
+            shares = torch.where(block.totals >= SMALLEST, gradient[:, :, here] / block.totals, 0.0).unsqueeze(-1)
+            factors = torch.where(block.is_right, shares[0] + shares[1], shares[0])  # (B, n, S)
+            errors = block.powers.mul_(factors).to(query.dtype)  # of the scores
             seen = slice(0, errors.shape[2])
             query_gradient[:, here] = errors @ key[:, seen]
             key_gradient[:, seen] += errors.transpose(1, 2) @ query[:, here]
@@ -139,28 +139,41 @@ def following(token_ids: Tensor) -> Tensor:
     return torch.cat((token_ids[:, 1:], torch.full_like(token_ids[:, :1], NO_TOKEN)), 1)
 
 
+class Block(NamedTuple):
+    """The scores of n queries of each text for the S places before the last of them.
+
+    Attributes:
+        here: which queries.
+        powers: (B, n, S) fp32, exponentials of the scores, each row's over that of its highest; zero where not seen.
+        is_right: (B, n, S), whether what a place offers is the target.
+        totals: (2, B, n), the sums of all powers and of those that are right.
+        highest: (B, n), the highest scores.
+    """
+
+    here: slice
+    powers: Tensor
+    is_right: Tensor
+    totals: Tensor
+    highest: Tensor
+
+
 def blocks(
     query: Tensor, key: Tensor, token_ids: Tensor, targets: Tensor, document_ids: Tensor | None
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Yield for each block of n queries (B, n, S) exponentials of its scores, over the S places before its end.
-
-    Yields:
-        The block; the exponentials in fp32, zero where a place is not seen, each row's over that of its highest score;
-        whether what a place offers is right; and the highest scores (B, n).
-    """
+) -> Iterator[Block]:
+    """Yield the blocks of queries, in order; the arguments are those of `copy_sums`."""
     offered, targets = following(token_ids).int(), targets.int()  # comparing them takes half the time
     positions = torch.arange(query.shape[1], device=query.device).unsqueeze(0)  # (1, T)
     for start in range(0, query.shape[1], QUERIES_AT_ONCE):
         here = slice(start, start + QUERIES_AT_ONCE)
         seen = slice(0, min(here.stop, query.shape[1]))
-        documents = None if document_ids is None else document_ids[:, seen]
-        copies = Copies(query[:, here], key[:, seen], offered[:, seen], positions[:, here], documents)
-        scores = (copies.queries @ copies.keys.transpose(1, 2)).float()  # (B, n, S)
+        scores = (query[:, here] @ key[:, seen].transpose(1, 2)).float()  # (B, n, S)
         if document_ids is None:  # all places before the block are seen
             itself_on = torch.ones(scores.shape[1], scores.shape[1], dtype=torch.bool, device=scores.device).triu()
             scores[..., start:].masked_fill_(itself_on, -torch.inf)
         else:
-            scores.masked_fill_(~copies.visible(), -torch.inf)
+            scores.masked_fill_(~visible(seen.stop, positions[:, here], document_ids[:, seen]), -torch.inf)
         highest = scores.amax(-1, keepdim=True).clamp_(min=LOWEST)
-        is_right = copies.offered.unsqueeze(1) == targets[:, here].unsqueeze(2)
-        yield here, scores.sub_(highest).exp_(), is_right, highest.squeeze(-1)
+        powers = scores.sub_(highest).exp_()
+        is_right = offered[:, None, seen] == targets[:, here, None]
+        totals = torch.stack((powers.sum(-1), (powers * is_right).sum(-1)))
+        yield Block(here, powers, is_right, totals, highest.squeeze(-1))

@@ -90,10 +90,9 @@ class PagedCache:
         self.copy_keys = make((num_pages, page_size, config.copy_width), device=self.device, dtype=dtype)
         self.token_ids = make((num_pages, page_size if config.copy_width else 0), device=self.device, dtype=torch.int64)
         # A window keeps what short convolutions read in sight, too; a copy head sees all of the text.
-        self.window = config.sliding_window and max(config.sliding_window, config.conv_width)
-        if config.copy_width:
-            self.window = 0
-        self.sink_pages = 0 if config.copy_width else self.pages_for(config.attention_sinks)
+        window = 0 if config.copy_width else config.sliding_window
+        self.window = window and max(window, config.conv_width)
+        self.sink_pages = self.pages_for(config.attention_sinks) if window else 0
         self._references = [0] * num_pages
         self._empty = list(range(num_pages))
         self._idle: OrderedDict[int, None] = OrderedDict()  # with content and without references, oldest first

@@ -175,8 +175,8 @@ MUTATIONS = (
     Mutation(
         "a place that copies the token that is to be guessed",
         {"copying"},
-        "sheepop.models.copying:Copies.visible",
-        {"places < self.positions": "places <= self.positions"},
+        "sheepop.models.copying:visible",
+        {"device=positions.device) < positions": "device=positions.device) <= positions"},
         traced={"copying", "cross_entropy"},  # the latter by a loss that is made without this line
     ),
     Mutation(

@@ -36,12 +36,14 @@ SHAPES = (
 VOCABULARIES = (512, 1024, 2048, 4096, 8192)  # of byte-level BPE
 # Embeddings of the last tokens together cut the time to a loss by three for characters and runs of seconds, and short
 # convolutions lowered that of short runs by 2 to 3 %, but no stock class of `transformers` has them, and what the dial
-# trains shall export. 4 would switch on the one, `--model.conv_width 4` the other. So it is with a head that copies,
-# `--model.copy_width 64`, which pays the more the more text it sees: then the context is longer, and as models of this
-# size learn little from further back, attention sees a part of it (`docs/log.md`, 2026-11-30).
+# trains shall export. 4 would switch on the one, `--model.conv_width 4` the other, and `--model.copy_width 64` a head
+# that copies. That pays the more the more text it sees: with it the context is longer, and as models of this size learn
+# little from further back, attention sees a part of it (`docs/log.md`, 2026-11-30).
 NGRAM_ORDER = 1
 COPY_CONTEXT, COPY_WINDOW = 4, 128  # times the context without; tokens
-COPY_BITS = 0.93  # of the loss without: of novels 0.925 after 20 minutes and 0.905 after 2, one run each
+# Of the loss without copies: novels in BPE had 0.925 of it after 20 minutes and 0.905 after 2, one run each. Characters
+# gained nothing, and are known by how few bytes a token has.
+COPY_BITS, BYTES_OF_WORDS = 0.93, 1.5
 TOKENS_PER_ENTRY = 100  # a vocabulary's entries are learned from their occurrences
 MEMORY_SHARE = 0.5  # of what is free, for tensors
 STARTING_SECONDS = 1.0  # from the choice to the first step, beside what was spent before it
@@ -322,7 +324,9 @@ def candidate(
         epoch_tokens=epoch_tokens,
         bytes_per_token=tokenizer.bytes_per_token,
         compressed_bits=text.compressed_bits,
-    ) * (COPY_BITS if config.model.copy_width else 1.0)
+    )
+    if config.model.copy_width and tokenizer.bytes_per_token > BYTES_OF_WORDS:
+        bits *= COPY_BITS
     return Choice(
         settings=settings,
         config=config,

@@ -159,9 +159,10 @@ def logits_of(
             here = slice(row, row + rows)
             yield F.linear(hidden[here], model.head.weight).float(), wanted[here]
         return
+    rows = min(rows, QUERIES_AT_ONCE)
     for text in range(len(inputs)):
-        for place in range(0, inputs.shape[1], min(rows, QUERIES_AT_ONCE)):
-            here = slice(place, place + min(rows, QUERIES_AT_ONCE))
+        for place in range(0, inputs.shape[1], rows):
+            here = slice(place, place + rows)
             logits = copies.at(text, here).add_to(model.logits(hidden[text : text + 1, here]))[0]  # (n, V)
             yield logits[is_scored[text, here]], wanted[text, here][is_scored[text, here]]
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sheepop.generation.engine import TOKEN_BYTES
 from sheepop.generation.generate import (
     Continuation,
     FinishReason,
@@ -30,6 +29,7 @@ from sheepop.generation.speculation import Guess, Speculator, Wanted, draw_or_ac
 from sheepop.generation.stream import Stream, draw, token_logprobs
 from sheepop.models.int8_cache import Int8PagedCache
 from sheepop.models.paged_cache import PagedCache, pages_in_memory
+from sheepop.models.sizing import TOKEN_BYTES
 from sheepop.models.transformer import TransformerModel
 from sheepop.utils.errors import ConfigError
 from sheepop.utils.logging import format_bytes

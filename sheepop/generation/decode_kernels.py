@@ -188,7 +188,7 @@ def add_copies(
             offered = tokens[pages[n, (s + 1) // page_size], (s + 1) % page_size]
             sums[offered] += exp_fp32(scores[s] - highest)
         for v in range(len(sums)):
-            if sums[v] >= SMALLEST:
+            if not sums[v] < SMALLEST:  # what is no number stays none
                 copied = np.log(sums[v]) + highest
                 most = max(logits[n, v], copied)
                 logits[n, v] = most + np.log(np.exp(logits[n, v] - most) + np.exp(copied - most))

@@ -22,7 +22,7 @@ from sheepop.generation.generate import (
 )
 from sheepop.generation.sampling import SamplingSettings, sample_tokens
 from sheepop.models.kv_cache import KVCache
-from sheepop.models.sizing import count_parameters, kv_cache_bytes
+from sheepop.models.sizing import TOKEN_BYTES, count_parameters, kv_cache_bytes
 from sheepop.models.transformer import TransformerModel, inference
 from sheepop.utils.logging import log
 from sheepop.utils.memory import check_available
@@ -45,7 +45,6 @@ class Decode(Protocol):
 LITTLE_WORK = 4_000_000
 CAPACITY_STEP = 256  # a compiled step is for one capacity, so that few of them shall serve all texts
 NOTICEABLE_SECONDS = 3.0  # compiled kernels are loaded in less
-TOKEN_BYTES = torch.int64.itemsize
 
 
 def generate_cached(

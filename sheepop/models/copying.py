@@ -61,7 +61,7 @@ class Copies(NamedTuple):
         offered = self.offered.clamp(min=0).unsqueeze(1).expand_as(scores)
         copied = torch.zeros_like(logits, dtype=wide).scatter_add_(2, offered, (scores - highest).exp())
         both = torch.logaddexp(logits.to(wide), copied.clamp(min=SMALLEST).log() + highest)
-        return torch.where(copied >= SMALLEST, both, logits.to(wide))
+        return torch.where(copied < SMALLEST, logits.to(wide), both)  # what is no number stays none
 
 
 def visible(num_places: int, positions: Tensor, document_ids: Tensor | None) -> Tensor:
@@ -113,9 +113,10 @@ class CopySums(torch.autograd.Function):
     ) -> Tensor:
         """Map (B, T, W) twice and (B, T) ids to (2, B, T)."""
         ctx.save_for_backward(query, key, token_ids, targets, document_ids)
-        sums = []
-        for block in blocks(query, key, token_ids, targets, document_ids):
-            sums.append(torch.where(block.totals >= SMALLEST, block.totals.log() + block.highest, -torch.inf))
+        sums = [
+            torch.where(block.totals < SMALLEST, -torch.inf, block.totals.log() + block.highest)
+            for block in blocks(query, key, token_ids, targets, document_ids)
+        ]
         return torch.cat(sums, 2)
 
     @staticmethod
@@ -125,7 +126,7 @@ class CopySums(torch.autograd.Function):
         query_gradient, key_gradient = torch.empty_like(query), torch.zeros_like(key, dtype=torch.float32)
         for block in blocks(query, key, *rest):
             here = block.here
-            shares = torch.where(block.totals >= SMALLEST, gradient[:, :, here] / block.totals, 0.0).unsqueeze(-1)
+            shares = torch.where(block.totals < SMALLEST, 0.0, gradient[:, :, here] / block.totals).unsqueeze(-1)
             factors = torch.where(block.is_right, shares[0] + shares[1], shares[0])  # (B, n, S)
             errors = block.powers.mul_(factors).to(query.dtype)  # of the scores
             seen = slice(0, errors.shape[2])

@@ -113,6 +113,15 @@ def test_a_copy_that_is_sure_and_wrong_leaves_numbers():
     assert weight.grad[3].abs().sum() > 0.1  # the entry that was right is still learned
 
 
+def test_scores_that_are_no_numbers_are_noticed():
+    token_ids, infinite = torch.tensor([[1, 2, 1, 3]]), torch.full((1, 4, 2), torch.inf)
+    sums = copy_sums(infinite, infinite, token_ids, token_ids)
+    assert not sums[0, 0, 1:].isfinite().any()
+    assert sums[0, 0, 1:].isnan().all()  # and not minus infinity, as where nothing can be copied
+    copies = Copies(infinite, infinite, following(token_ids), torch.arange(4)[None])
+    assert copies.add_to(torch.zeros(1, 4, 5))[0, 1:].isnan().any()
+
+
 def test_a_model_that_copies_learns_to_repeat_what_no_entry_tells():
     losses = {}
     for width in (0, 16):

@@ -129,6 +129,7 @@ def test_a_head_that_copies_sees_more_of_the_text():
     plain, copying = choice_for(10).config, choice_for(10, model__copy_width=64).config
     assert copying.data.max_length > 2 * plain.data.max_length
     assert (plain.model.sliding_window, copying.model.sliding_window) == (0, 128)
+    assert choice_for(10, model__copy_width=64).bits_per_byte < 0.97 * choice_for(10).bits_per_byte
     given_too = choice_for(10, model__copy_width=64, data__max_length=48, model__sliding_window=9).config
     assert (given_too.data.max_length, given_too.model.sliding_window) == (48, 9)
     short = choice_for(10, 1_000, model__copy_width=64).config

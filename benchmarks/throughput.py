@@ -16,6 +16,7 @@ which reads them a step later.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -114,6 +115,7 @@ def our_step(task: Task) -> Callable[[], object]:
     product = product_to_time(model, token_ids.numel()) if task.precision is FP32 else None
     if product is not None:
         make_weight_gradients_by(faster(measure_ways(*product)), model)
+    model.learn_by_kernels(importlib.util.find_spec("numba") is not None)  # as in a run of some minutes
     if task.compiled:
         keep_compiled_code()
         model.compile_blocks(True)

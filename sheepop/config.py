@@ -239,6 +239,11 @@ class TrainingConfig(Section):
         description="the library for gradients of large fp32 weights on a CPU where oneDNN makes the other products, "
         "not on Intel's; auto measures which is faster where the run is long enough to repay it",
     )
+    attention_kernels: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="on a CPU let attention learn by kernels that numba compiles; auto does where numba is there and "
+        "the run is long enough to repay that, from some three minutes on",
+    )
     activation_checkpointing: bool = Field(
         False, description="keep one activation a layer and compute the others again: less memory, a third more work"
     )

@@ -9,67 +9,29 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from sheepop.models.vectors import (
+    FAST,
+    FLOAT,
+    HAS_AVX512,
+    INT,
+    LONG,
+    fetch,
+    load,
+    multiply_add,
+    splat,
+    split,
+    sum_of_lanes,
+)
+
 GROUP, HALF = 64, 32  # weights that are taken at a time, and their bytes in 4 bits (`models/quantized_layers.py`)
-LINE, AHEAD = 64, 2048  # bytes of a cache line, and how far ahead of the arithmetic a row of weights is read
-HAS_AVX512 = bool(get_host_cpu_features().get("avx512f"))
+AHEAD = 2048  # bytes that a row of weights is read ahead of the arithmetic
 FETCHES_FP32 = HAS_AVX512  # without, fetching plain fp32 costs a sixth of the time (`docs/log.md`)
 LANES_OF_SEVERAL = GROUP if HAS_AVX512 else 16  # of the sums of each of several rows, which the registers hold
-FAST = ("contract", "reassoc", "nsz")  # fused, and added in any order
-
-FLOAT, BYTE, INT, LONG = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 PAIR = ir.VectorType(FLOAT, 2)
-
-
-def splat(builder: Any, value: Any, lanes: int) -> Any:
-    """Return a vector of which each lane holds the value."""
-    vector = builder.insert_element(ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, INT(0))
-    return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(INT, lanes), [0] * lanes))
-
-
-def load(builder: Any, pointer: Any, index: Any, lanes: int) -> Any:
-    """Return `lanes` neighbours from `pointer[index]` on."""
-    item = pointer.type.pointee
-    place = builder.bitcast(builder.gep(pointer, [index]), ir.VectorType(item, lanes).as_pointer())
-    return builder.load(place, align=1 if item == BYTE else 4)
-
-
-def fetch(builder: Any, pointer: Any, index: Any, lanes: int, ahead: Any) -> None:
-    """Begin to read what `load` will want so many bytes later; a processor by itself looks ahead too little."""
-    place = builder.ptrtoint(builder.gep(pointer, [index]), LONG)
-    for line in range(0, lanes * (4 if pointer.type.pointee == FLOAT else 1), LINE):
-        address = builder.inttoptr(builder.add(place, builder.add(ahead, LONG(line))), BYTE.as_pointer())
-        prefetch = ir.FunctionType(ir.VoidType(), [address.type, INT, INT, INT])
-        function = cgutils.get_or_insert_function(builder.module, prefetch, "llvm.prefetch.p0")
-        builder.call(function, [address, INT(0), INT(2), INT(1)])  # to read, into the second cache, data
-
-
-def multiply_add(builder: Any, left: Any, right: Any, total: Any) -> Any:
-    """Return left * right + total."""
-    return builder.fadd(builder.fmul(left, right, flags=FAST), total, flags=FAST)
-
-
-def sum_of_lanes(builder: Any, vector: Any) -> Any:
-    """Return the sum of a vector whose number of lanes is a power of two."""
-    lanes = vector.type.count
-    while lanes > 1:
-        lanes //= 2
-        halves = (ir.Constant(ir.VectorType(INT, lanes), list(range(at, at + lanes))) for at in (0, lanes))
-        first, second = (builder.shuffle_vector(vector, vector, half) for half in halves)
-        vector = builder.fadd(first, second, flags=FAST)
-    return builder.extract_element(vector, INT(0))
-
-
-def split(builder: Any, vector: Any, lanes: int) -> list[Any]:
-    """Return the parts of a vector that have so many lanes each."""
-    if vector.type.count <= lanes:
-        return [vector]
-    places = [list(range(start, start + lanes)) for start in range(0, vector.type.count, lanes)]
-    return [builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(INT, lanes), part)) for part in places]
 
 
 def unpack_fp32(builder: Any, group: Any, ahead: Any, values: Any) -> list[Any]:

@@ -15,8 +15,24 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sheepop.generation.vector_dots import AHEAD, BYTE, FLOAT, GROUP, INT, LONG, fetch, load, splat
-from sheepop.generation.vector_tiles import TILE, arrays_of, row_of, size_of, store, transpose
+from sheepop.generation.vector_dots import AHEAD, GROUP
+from sheepop.generation.vector_tiles import TILE
+from sheepop.models.vectors import (
+    BYTE,
+    FLOAT,
+    INT,
+    LONG,
+    arrays_of,
+    call,
+    constant,
+    fetch,
+    load,
+    row_of,
+    size_of,
+    splat,
+    store,
+    transpose,
+)
 
 HAS_INTEGERS = TILE == 16 and bool(get_host_cpu_features().get("avx512vnni"))  # what the functions here need
 MOST_INPUTS = 2**16  # of which a sum of products of bytes is within 32 bits
@@ -28,17 +44,6 @@ PAIR = 2 * LANES  # lanes of a panel's step: four inputs' upper bytes of each of
 WEIGHTS_AT_ONCE = 8  # rows of weights whose sums, two vectors each, are in registers at one time
 
 INTS, FLOATS = ir.VectorType(INT, LANES), ir.VectorType(FLOAT, LANES)
-
-
-def constant(kind: Any, number: float) -> Any:
-    """Return a vector of which each lane holds a number."""
-    return ir.Constant(kind, [number] * kind.count)
-
-
-def call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
-    """Call a function that LLVM itself knows."""
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
 def add_byte_products(builder: Any, total: Any, inputs: Any, weights: Any) -> Any:

@@ -13,45 +13,30 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sheepop.generation.vector_dots import (
+from sheepop.generation.vector_dots import GROUP, unpack_fp32, unpack_int4, unpack_int8
+from sheepop.models.vectors import (
     FAST,
     FLOAT,
-    GROUP,
     HAS_AVX512,
-    INT,
+    LANES,
     LONG,
+    arrays_of,
     fetch,
+    item_of,
     load,
     multiply_add,
+    row_of,
+    size_of,
     splat,
-    unpack_fp32,
-    unpack_int4,
-    unpack_int8,
+    store,
+    sums_of_lanes,
+    transpose,
 )
 
 # What the registers hold: vectors of so many numbers, as many of them at once as the sums of a tile are.
-TILE = 16 if HAS_AVX512 else 8
+TILE = LANES
 PANEL = 16  # inputs, and rows of weights, whose products are made together
 ROWS_AT_ONCE = 16 if HAS_AVX512 else 4  # of a panel, whose sums the registers hold
-
-
-def transpose(builder: Any, rows: list[Any]) -> list[Any]:
-    """Return the columns of a square of vectors, which are as many as their lanes: a power of two."""
-    size = len(rows)
-    halves = [
-        ir.Constant(ir.VectorType(INT, size), [place for lane in lanes for place in (lane, size + lane)])
-        for lanes in (range(size // 2), range(size // 2, size))
-    ]
-    for _ in range(size.bit_length() - 1):  # each time the rows of the two halves are interleaved
-        pairs = zip(rows[: size // 2], rows[size // 2 :], strict=True)
-        rows = [builder.shuffle_vector(one, other, half) for one, other in pairs for half in halves]
-    return rows
-
-
-def store(builder: Any, vector: Any, pointer: Any, index: Any) -> None:
-    """Write a vector to `pointer[index]` and its neighbours."""
-    place = builder.bitcast(builder.gep(pointer, [index]), vector.type.as_pointer())
-    builder.store(vector, place, align=4)
 
 
 @intrinsic
@@ -68,29 +53,6 @@ def fill_panel(typing: Any, inputs: Any, first: Any, start: Any, panel: Any) -> 
         return context.get_dummy_value()
 
     return types.void(inputs, types.int64, types.int64, panel), generate
-
-
-def sums_of_lanes(builder: Any, vectors: list[Any]) -> Any:
-    """Return the sum of each of some vectors, which are as many as their lanes, as the lanes of one."""
-    lanes = len(vectors)
-    halves = [
-        ir.Constant(ir.VectorType(INT, lanes), [place for lane in half for place in (lane, lanes + lane)])
-        for half in (range(lanes // 2), range(lanes // 2, lanes))
-    ]
-    while len(vectors) > 1:  # each time every vector's halves are added up, beside those of another
-        middle = len(vectors) // 2
-        vectors = [
-            builder.fadd(*(builder.shuffle_vector(one, other, half) for half in halves), flags=FAST)
-            for one, other in zip(vectors[:middle], vectors[middle:], strict=True)
-        ]
-    return vectors[0]
-
-
-def row_of(builder: Any, array: Any, row: Any) -> Any:
-    """Return a pointer to a row of an array, the first of its dimensions."""
-    begin = builder.ptrtoint(array.data, LONG)
-    stride = cgutils.unpack_tuple(builder, array.strides)[0]
-    return builder.inttoptr(builder.add(begin, builder.mul(row, stride)), array.data.type)
 
 
 def code_of(unpack: Callable[..., list[Any]]) -> Callable[..., Any]:
@@ -152,27 +114,6 @@ def tile_int8(typing: Any, panel: Any, first: Any, sums: Any, values: Any) -> An
 def tile_int4(typing: Any, panel: Any, first: Any, sums: Any, values: Any, scale: Any, lowest: Any) -> Any:  # noqa: ARG001
     """Do what `tile_fp32` does for 4 bits, as in `decode_kernels.matmul_int4`."""
     return types.void(panel, types.int64, sums, values, scale, lowest), code_of(unpack_int4)
-
-
-def arrays_of(context: Any, builder: Any, signature: Any, arguments: Any) -> list[Any]:
-    """Return the arguments of an intrinsic, its arrays as such."""
-    return [
-        context.make_array(kind)(context, builder, value) if isinstance(kind, types.Array) else value
-        for kind, value in zip(signature.args, arguments, strict=True)
-    ]
-
-
-def item_of(builder: Any, array: Any, *indices: Any) -> Any:
-    """Return a pointer to an item of an array, by as many of its indices as are not zero at the end."""
-    place = builder.ptrtoint(array.data, LONG)
-    for index, stride in zip(indices, cgutils.unpack_tuple(builder, array.strides), strict=False):
-        place = builder.add(place, builder.mul(index, stride))
-    return builder.inttoptr(place, array.data.type)
-
-
-def size_of(builder: Any, array: Any, dimension: int) -> Any:
-    """Return the size of an array along a dimension."""
-    return cgutils.unpack_tuple(builder, array.shape)[dimension]
 
 
 @intrinsic

@@ -112,9 +112,7 @@ class BlockAttention(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         """Map (B, H, T, C) and twice (B, K, T, C) to (B, H, T, C)."""
-        if value.stride(2) != query.stride(2):
-            # A view of something larger that the queries are no view of, and that would be kept for its sake alone.
-            value = value.contiguous()
+        value = without_others(value, query)
         function = opaque_forward if torch.compiler.is_compiling() else forward_in_blocks
         mixed, weights, masks = function(query, key, value, window, sinks, document_ids, dropout)
         ctx.save_for_backward(query, key, value, document_ids, *weights, *masks)
@@ -266,6 +264,14 @@ def weights_of(
     by_head = scores.view(batch_size, -1, here.stop - here.start, scores.shape[-1])
     hide(by_head, seen, window, sinks, document_ids)
     return torch.softmax(scores, -1, out=scores)
+
+
+def without_others(value: Tensor, query: Tensor) -> Tensor:
+    """Return values in memory of their own if they are a view of more that would be kept for their sake alone.
+
+    Queries that were turned or normalised are no view of what was projected, as values then still are.
+    """
+    return value if value.stride(2) == query.stride(2) else value.contiguous()
 
 
 def by_group(heads: Tensor, num_kv_heads: int) -> Tensor:

@@ -22,7 +22,7 @@ from sheepop.models.positions import apply_rotary
 from sheepop.models.short_convolution import ShortConvolution
 from sheepop.models.taps import Tap, untapped
 
-ATTENTION = {"reference": attention, "optimized": optimized_attention}
+ATTENTION: dict[str, Callable[..., Tensor]] = {"reference": attention, "optimized": optimized_attention}
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # Hendrycks and Gimpel 2016
@@ -84,7 +84,12 @@ class MultiHeadAttention(nn.Module):
         # Dehghani et al. 2023: without it, attention logits grow until training at a high rate breaks.
         self.query_norm = nn.RMSNorm(config.head_dim, eps=config.layer_norm_eps) if config.qk_norm else None
         self.key_norm = nn.RMSNorm(config.head_dim, eps=config.layer_norm_eps) if config.qk_norm else None
-        self.attention = ATTENTION[config.attention]
+        self.attention: Callable[..., Tensor] = ATTENTION[config.attention]
+
+    def learn_by_kernels(self, on: bool) -> None:
+        """See `TransformerModel.learn_by_kernels`; the reference stays as it is."""
+        if self.attention is not attention:
+            self.attention = partial(optimized_attention, by_kernels=True) if on else optimized_attention
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""

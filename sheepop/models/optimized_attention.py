@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from sheepop.models.attention import visible
 from sheepop.models.block_attention import block_attention, learns_in_blocks
+from sheepop.models.kernel_attention import kernel_attention, learns_by_kernels
 
 
 def optimized_attention(
@@ -18,12 +19,20 @@ def optimized_attention(
     document_ids: Tensor | None = None,
     mask: Tensor | None = None,
     dropout: float = 0.0,
+    by_kernels: bool = False,
 ) -> Tensor:
     """Return what `attention` returns, without a (T, S) matrix in memory where the kernel allows it.
 
     The plain causal case names itself (`is_causal`) instead of passing a mask, which keeps the flash kernels
     in use, and a single query needs no mask at all: it sees every key, or those that window and sinks leave.
+
+    Args:
+        by_kernels: learn on a CPU by kernels that numba compiles, for which documents are without gaps.
     """
+    if by_kernels and mask is None and learns_by_kernels(query, key):
+        return kernel_attention(
+            query, key, value, window=window, sinks=sinks, document_ids=document_ids, dropout=dropout
+        )
     if mask is None and learns_in_blocks(query, key, drops=dropout > 0):
         return block_attention(
             query, key, value, window=window, sinks=sinks, document_ids=document_ids, dropout=dropout

@@ -6,6 +6,7 @@ from typing import Literal
 from sheepop.config import ModelConfig
 from sheepop.models.block_attention import keeps, suits_blocks, weights_in_blocks
 from sheepop.models.head_loss import rows_at_once
+from sheepop.models.kernel_attention import suits_kernels
 from sheepop.models.linear import MOST_AT_ONCE
 
 TOKEN_BYTES = 8  # int64
@@ -111,13 +112,15 @@ def kv_cache_bytes(config: ModelConfig, batch_size: int, length: int, bytes_per_
 
 
 def attention_kernel(
-    config: ModelConfig, context: int, bytes_per_number: int, *, on_gpu: bool
-) -> Literal["reference", "blocks", "fused"]:
-    """Return what attention learns by: written out, in blocks of queries, or by PyTorch's fused kernel."""
+    config: ModelConfig, context: int, bytes_per_number: int, *, on_gpu: bool, by_kernels: bool
+) -> Literal["reference", "kernels", "blocks", "fused"]:
+    """Return what attention learns by: written out, compiled kernels, blocks of queries, or PyTorch's fused kernel."""
     if config.attention == "reference":
         return "reference"
-    in_blocks = not on_gpu and suits_blocks(context, bytes_per_number, drops=config.dropped_attention > 0)
-    return "blocks" if in_blocks else "fused"
+    drops = config.dropped_attention > 0
+    if by_kernels and not on_gpu and suits_kernels(context, config.head_dim, bytes_per_number):
+        return "kernels"
+    return "blocks" if not on_gpu and suits_blocks(context, bytes_per_number, drops=drops) else "fused"
 
 
 def layer_activation_bytes(
@@ -128,6 +131,7 @@ def layer_activation_bytes(
     bytes_per_number: int = 4,
     document_mask: bool = False,
     on_gpu: bool = False,
+    by_kernels: bool = False,
 ) -> int:
     """Return the bytes that one block keeps from its forward pass for its backward pass.
 
@@ -138,6 +142,7 @@ def layer_activation_bytes(
         bytes_per_number: of the computing type: 4 for fp32, 2 for bf16 and fp16.
         document_mask: each layer keeps a mask of its own.
         on_gpu: fused norms, and dropout inside the fused attention.
+        by_kernels: attention learns by compiled kernels where it can.
     """
     B, T, D, H, K, C, F = (
         batch_size,
@@ -157,8 +162,11 @@ def layer_activation_bytes(
     if config.qk_norm:
         attention += 4 * N * (H + K) * (1 + (0 if on_gpu else C))  # scales, and normalised queries and keys
         attention += 4 * N * (H + K) * C if is_mixed else 0  # their fp32 copies
-    kernel = attention_kernel(config, T, e, on_gpu=on_gpu)
-    if kernel == "blocks":
+    kernel = attention_kernel(config, T, e, on_gpu=on_gpu, by_kernels=by_kernels)
+    if kernel == "kernels":
+        attention += projected + 4 * N * H  # and the logarithms of the softmax's sums
+        attention += projected if config.qk_norm and not is_mixed else 0
+    elif kernel == "blocks":
         attention += projected  # queries and keys, and values: together as projected, or a copy where those were turned
         sight = config.sliding_window, config.attention_sinks
         per_weight = (e if keeps(T, *sight) else 0) + (1 if config.dropped_attention else 0)
@@ -201,6 +209,7 @@ def activation_bytes(
     bytes_per_number: int = 4,
     document_mask: bool = False,
     on_gpu: bool = False,
+    by_kernels: bool = False,
     activation_checkpointing: bool = False,
 ) -> int:
     """Return the bytes that a forward pass keeps for the backward pass, but for the head's gradients.
@@ -216,6 +225,7 @@ def activation_bytes(
         bytes_per_number=e,
         document_mask=document_mask,
         on_gpu=on_gpu,
+        by_kernels=by_kernels,
     )
     layers = config.num_layers * 4 * N * D + layer if activation_checkpointing else config.num_layers * layer
     outside = 8 * N * config.ngram_order + norm_activation_bytes(config, N, on_gpu=on_gpu)  # ids, rows; final norm
@@ -300,6 +310,7 @@ def training_bytes(
     bytes_per_number: int = 4,
     document_mask: bool = False,
     on_gpu: bool = False,
+    by_kernels: bool = False,
     activation_checkpointing: bool = False,
     optimizer: Literal["adamw", "muon"] = "adamw",
     shared_rows: int = 0,
@@ -323,6 +334,7 @@ def training_bytes(
             bytes_per_number=bytes_per_number,
             document_mask=document_mask,
             on_gpu=on_gpu,
+            by_kernels=by_kernels,
             activation_checkpointing=activation_checkpointing,
         ),
         logits=logits_bytes(

@@ -244,6 +244,12 @@ class TransformerModel(nn.Module):
             assert isinstance(block, TransformerBlock)
             block.compiled = compiled
 
+    def learn_by_kernels(self, on: bool) -> None:
+        """Let attention on a CPU learn by kernels that numba compiles, where these are faster, or no longer."""
+        for block in self.blocks:
+            assert isinstance(block, TransformerBlock)
+            block.attention.learn_by_kernels(on)
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

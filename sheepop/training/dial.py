@@ -21,6 +21,7 @@ from sheepop.evaluation.plots import METRICS_FILE
 from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.distributed import World
+from sheepop.training.kernels import use_of_kernels
 from sheepop.training.length import measure_seconds_per_step
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.recipe import (
@@ -102,23 +103,24 @@ def choose_settings(
     seconds = min(MEASURED_SECONDS, MEASURED_SHARE * budget) / 2
     looked = time.perf_counter()
     log(f"choosing a run of {asked.training.max_minutes:g} minutes: a look at the text and some steps on {device}")
+    fixed = dict(overrides) | {"training.attention_kernels": use_of_kernels(asked, device, steps=None)}
     text = look_at_text(asked, overrides, seconds=seconds, sample_bytes=sample_size(budget))
-    machine = measure_machine(device, seconds=seconds, num_processes=num_processes, fixed=overrides)
+    machine = measure_machine(device, seconds=seconds, num_processes=num_processes, fixed=fixed)
     left = budget - (time.perf_counter() - began)
-    ranked = candidates(text, machine, seconds=left, fixed=overrides)
+    ranked = candidates(text, machine, seconds=left, fixed=fixed)
     timed: list[Timed] = []
     if asked.training.max_minutes > SHORT_MINUTES:
         spare = MEASURED_SHARE * budget - (time.perf_counter() - looked)
         measured = time_finalists(finalists(ranked), device, seconds=spare, num_processes=num_processes)
         left = budget - (time.perf_counter() - began)
         for tried, step in measured:
-            outcome = with_measured_step(tried, step, text, machine, seconds=left, fixed=overrides)
+            outcome = with_measured_step(tried, step, text, machine, seconds=left, fixed=fixed)
             timed += [] if outcome is None else [Timed(tried, step, outcome)]
         if measured and all(finalist.outcome.steps < ENOUGH_STEPS for finalist in timed):
             # So much slower than by formula that another size, slowed as much, may do better than all of them.
             tried, step = measured[0]
             slower = with_step_time(machine, tried.config, step)
-            timed, ranked = [], candidates(text, slower, seconds=left, fixed=overrides)
+            timed, ranked = [], candidates(text, slower, seconds=left, fixed=fixed)
     choice = rank([finalist.outcome for finalist in timed] or ranked)[0]
     for line in explain(choice, text, machine, timed):
         log(f"  {line}")
@@ -286,6 +288,7 @@ PROBES = {
     "other": ((128, 4, 512, 512), (128, 4, 16384, 512), (512, 4, 16384, 512), (1024, 4, 16384, 512)),
 }
 PROBED_CONTEXT = 128
+PROBED_AS_GIVEN = ("training.precision", "training.use_amp", "training.attention_kernels")
 
 
 def measure_machine(
@@ -313,8 +316,8 @@ def probed_settings(width: int, layers: int, tokens: int, vocab_size: int, *, fi
     facts = TokenizerFacts("bpe", vocab_size, 2.0, vocab_size)
     settings = settings_for(facts, (width, layers), tokens=1e6, epoch_tokens=1e6, minutes=1.0, steps=100.0, fixed={})
     sizes = {"model.max_seq_len": PROBED_CONTEXT, "training.batch_size": tokens // PROBED_CONTEXT}
-    precision = {key: fixed[key] for key in ("training.precision", "training.use_amp") if key in fixed}
-    return load_config(preset="modern", overrides=settings | sizes | precision)
+    given = {key: fixed[key] for key in PROBED_AS_GIVEN if key in fixed}
+    return load_config(preset="modern", overrides=settings | sizes | given)
 
 
 def time_finalists(
@@ -345,6 +348,7 @@ def time_finalists(
 def time_steps(config: Config, device: torch.device, *, seconds: float, num_processes: int = 1) -> float:
     """Return the seconds of a training step with these settings on random tokens, for one of the processes."""
     model = TransformerModel(config.model).to(device).train()
+    model.learn_by_kernels(config.training.attention_kernels == "on")
     if config.training.activation_checkpointing:
         model.recompute_activations()
     optimizer = make_optimizer(model, config.training)

@@ -261,6 +261,7 @@ def plan_memory(config: Config, device: torch.device, *, process: int, available
         bytes_per_number=precision.autocast_dtype.itemsize if precision.autocast_dtype else 4,
         document_mask=config.data.document_mask,
         on_gpu=device.type == "cuda",
+        by_kernels=training.attention_kernels == "on",
         activation_checkpointing=training.activation_checkpointing,
         optimizer=training.optimizer,
         shared_rows=shared_rows(config),

@@ -349,6 +349,7 @@ def tensor_bytes(config: Config, machine: MachineFacts) -> int:
         batch_size=training.batch_size,
         context=config.data.max_length,
         on_gpu=torch.device(machine.device).type != "cpu",
+        by_kernels=training.attention_kernels == "on",
         optimizer=training.optimizer,
         shared_rows=shared_rows(config),
     ).peak

@@ -15,6 +15,7 @@ from sheepop.training.batches import batch_loader
 from sheepop.training.compiling import decide_compiling
 from sheepop.training.dial import choose_settings, is_dial
 from sheepop.training.distributed import World
+from sheepop.training.kernels import decide_attention_kernels, use_of_kernels
 from sheepop.training.length import LEAVING_SECONDS, measure_step, steps_in_seconds, time_checkpoint
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.plan import (
@@ -67,6 +68,8 @@ def make_plan(file: Path | None, *, preset: str | None, overrides: dict[str, obj
     if corpus is not None:
         config = with_vocabulary(config, corpus)
     precision = precision_of(config, device)
+    attention_kernels = use_of_kernels(config, device, steps=config.training.max_steps)
+    config = config.with_training(attention_kernels=attention_kernels)
     return_freed_memory()
     keep_freed_memory()
     rehearse_libraries(config, device, precision)
@@ -140,6 +143,7 @@ def rehearse_libraries(config: Config, device: torch.device, precision: Precisio
     settings: dict[str, object] = {f"model.{key}": value for key, value in {**sizes, **heads}.items()}
     tiny = changed(config, settings | {"data.max_length": length, "data.stride": length})
     model = TransformerModel(tiny.model).to(device)
+    model.learn_by_kernels(config.training.attention_kernels == "on")
     optimizer = make_optimizer(model, tiny.training)
     state = TrainingState(total_steps=1, data_fingerprint="")
     token_ids = torch.zeros((1, length), dtype=torch.long, device=device)
@@ -151,6 +155,7 @@ def measure(run: Run) -> Times:
     """Measure what the run consists of, on its own model and text, in some seconds altogether."""
     training = run.config.training
     log(f"measuring some steps of this run on {run.model.device}; that takes some seconds")
+    decide_attention_kernels(run)
     load = batch_loader(run)
     full = sum(len(batch.targets) for batch in load(0))  # sequences of a step
     run.model.train()

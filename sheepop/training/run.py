@@ -33,6 +33,7 @@ from sheepop.training.distributed import (
     local_device,
     on_main,
 )
+from sheepop.training.kernels import decide_attention_kernels
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.plan_advice import warn_if_too_large
 from sheepop.training.profiling import profile_steps
@@ -124,6 +125,7 @@ def start_run(
             resume_from(run, checkpoint, accept_changes=accept_changes)
         elif origin is not None:
             begin_with(run, origin)
+        decide_attention_kernels(run)
         decide_weight_gradients(run)
         decide_compiling(run)
         if world.is_main:

@@ -116,6 +116,7 @@ def step_work(config: Config, precision: str, device: str) -> tuple[float, float
         bytes_per_number=size,
         document_mask=config.data.document_mask,
         on_gpu=torch.device(device).type != "cpu",
+        by_kernels=training.attention_kernels == "on",
     )
     logits = logits_bytes(model, batch_size=training.batch_size, context=context, bytes_per_number=size)
     traffic = (kept + logits) * training.gradient_accumulation_steps

@@ -15,7 +15,8 @@ def on_all_threads(work: Callable[[slice], None], *, rows: int, most: int | None
     """
     parts = max(1, min(torch.get_num_threads(), rows if most is None else most))
     size = -(-rows // parts)
-    others = [helpers().submit(work, slice(start, start + size)) for start in range(size, rows, size)]
+    parts_of_others = [slice(start, min(start + size, rows)) for start in range(size, rows, size)]
+    others = [helpers().submit(work, part) for part in parts_of_others]
     work(slice(0, size))
     for other in others:
         other.result()

@@ -31,10 +31,11 @@ def model_config(preset, **settings):
     return load_config(preset=preset, overrides=overrides).model
 
 
-def bytes_saved_for_backward(config, *, dtype=None, document_ids=None, time=T):
+def bytes_saved_for_backward(config, *, dtype=None, document_ids=None, time=T, by_kernels=False):
     """Bytes of the distinct blocks of memory that autograd keeps, without weights and without the head's gradients."""
     torch.manual_seed(0)
     model = TransformerModel(config).train()
+    model.learn_by_kernels(by_kernels)
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     blocks = {}
 
@@ -106,6 +107,17 @@ def test_activations_of_attention_in_blocks(preset, settings, context, dtype):
     config = model_config(preset, max_seq_len=context, **settings)
     estimate = activation_bytes(config, batch_size=B, context=context, bytes_per_number=4 if dtype is None else 2)
     saved = bytes_saved_for_backward(config, dtype=dtype, time=context)
+    assert estimate == pytest.approx(saved, rel=TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("preset", "settings"), BLOCK_VARIANTS, ids=str)
+def test_activations_of_attention_by_kernels(preset, settings, dtype):
+    config = model_config(preset, max_seq_len=150, head_dim=16, **settings)
+    size = 4 if dtype is None else 2
+    estimate = activation_bytes(config, batch_size=B, context=150, bytes_per_number=size, by_kernels=True)
+    saved = bytes_saved_for_backward(config, dtype=dtype, time=150, by_kernels=True)
     assert estimate == pytest.approx(saved, rel=TOLERANCE)
 
 

@@ -3,7 +3,7 @@
 Scores and weights are never written to memory: the backward pass makes them again from the logarithms of the softmax's
 sums. Squares of which nothing is seen are left out. The formulas are those of FlashAttention (Dao et al. 2022,
 algorithm 1 and section B.2).
-Shape letters: B batch, T time, H query heads, K key/value heads, C head width.
+Shape letters: B batch, T time, H query heads, K key/value heads, C head width, N numbers of an item.
 """
 
 import math
@@ -224,6 +224,9 @@ def turn_squares(rows: Items, turned: Items) -> None:
     """Set turned (T / SIDE, I, SIDE) to rows (T, I), each SIDE of them turned."""
     for square in range(len(turned)):
         turn(rows[square * SIDE : (square + 1) * SIDE], turned[square])
+
+
+# What the next three do depends on the type of `pairs` alone, by which numba chooses when it compiles.
 
 
 def paired(rows: Items, pairs: Items) -> Items:

@@ -6,12 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sheepop.config import load_config
 from sheepop.models import attention_kernels, kernel_attention
 from sheepop.models.attention import attention, visible
 from sheepop.models.attention_kernels import items_for
 from sheepop.models.attention_squares import MULTIPLIES_BF16
 from sheepop.models.kernel_attention import KernelAttention
 from sheepop.models.optimized_attention import optimized_attention
+from sheepop.models.transformer import TransformerModel
 
 attend = kernel_attention.kernel_attention
 
@@ -176,3 +178,23 @@ def test_compiled_code_learns_by_the_same_kernels(dropout):
         results.append(learn(implementation, parts, wanted, window=70, sinks=3, document_ids=ids, dropout=dropout))
         assert results[-1][0].transpose(1, 2).is_contiguous()
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_model_drops_the_same_weights_when_it_computes_again(recomputes):
+    sizes = {"d_model": 32, "num_layers": 2, "num_heads": 2, "max_seq_len": 64, "vocab_size": 29}
+    dropped = {"dropout": 0.1, "attention_dropout": 0.3}
+    config = load_config(overrides={f"model.{key}": value for key, value in (sizes | dropped).items()}).model
+    torch.manual_seed(1)
+    model = TransformerModel(config).train()
+    model.learn_by_kernels(True)
+    token_ids = torch.randint(0, 29, (3, 64))
+    gradients = []
+    for again in (False, recomputes):
+        if again:
+            model.recompute_activations()
+        model.zero_grad()
+        torch.manual_seed(2)
+        model(token_ids, targets=token_ids).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(map(torch.equal, *gradients))

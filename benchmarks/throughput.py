@@ -16,7 +16,6 @@ which reads them a step later.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -49,7 +48,7 @@ from sheepop.training.weight_gradients import faster, make_weight_gradients_by, 
 from sheepop.training.weight_gradients import measure as measure_ways
 from sheepop.utils.devices import BF16, FP32, Precision, peak_flops, resolve_device
 from sheepop.utils.memory import peak_resident_bytes
-from sheepop.utils.runtime import keep_freed_memory
+from sheepop.utils.runtime import has_numba, keep_freed_memory
 
 
 class Size(NamedTuple):
@@ -115,7 +114,7 @@ def our_step(task: Task) -> Callable[[], object]:
     product = product_to_time(model, token_ids.numel()) if task.precision is FP32 else None
     if product is not None:
         make_weight_gradients_by(faster(measure_ways(*product)), model)
-    model.learn_by_kernels(importlib.util.find_spec("numba") is not None)  # as in a run of some minutes
+    model.learn_by_kernels(has_numba())  # as in a run of some minutes
     if task.compiled:
         keep_compiled_code()
         model.compile_blocks(True)

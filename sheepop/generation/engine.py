@@ -1,6 +1,5 @@
 """Generation with a KV cache: each token costs one position, and all samples advance together as rows."""
 
-import importlib.util
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from sheepop.models.sizing import TOKEN_BYTES, count_parameters, kv_cache_bytes
 from sheepop.models.transformer import TransformerModel, inference
 from sheepop.utils.logging import log
 from sheepop.utils.memory import check_available
+from sheepop.utils.runtime import has_numba
 
 if TYPE_CHECKING:
     from sheepop.generation.compiled_decoding import CompiledDecoder
@@ -172,4 +172,4 @@ def uses_kernels(model: TransformerModel) -> bool:
     is_small = count_parameters(config).total < LITTLE_WORK and config.quantization == "none"
     if model.device.type != "cpu" or model.dtype != torch.float32 or config.attention == "reference" or is_small:
         return False
-    return importlib.util.find_spec("numba") is not None
+    return has_numba()

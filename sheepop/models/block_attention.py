@@ -50,10 +50,23 @@ def keeps(time: int, window: int, sinks: int) -> bool:
 
 def learns_in_blocks(query: Tensor, key: Tensor, *, drops: bool) -> bool:
     """Say whether these are queries and keys to learn from, in blocks; with `drops` some weights are dropped."""
+    dtype = learning_dtype(query, key)
+    return dtype is not None and suits_blocks(query.shape[2], dtype.itemsize, drops=drops)
+
+
+def learning_dtype(query: Tensor, key: Tensor) -> torch.dtype | None:
+    """Return the type in which a CPU is to learn from as many queries as keys; None if these are no such ones."""
     if not (torch.is_grad_enabled() and query.requires_grad and query.device.type == "cpu"):
-        return False
+        return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    return query.shape[2] == key.shape[2] and suits_blocks(query.shape[2], dtype.itemsize, drops=drops)
+    return dtype if query.shape[2] == key.shape[2] else None
+
+
+def as_computed(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Return queries, keys and values in the type of autocast on a CPU, if that is on."""
+    if not torch.is_autocast_enabled("cpu"):
+        return parts
+    return tuple(part.to(torch.get_autocast_dtype("cpu")) for part in parts)
 
 
 def weights_in_blocks(time: int, window: int, sinks: int) -> int:
@@ -81,9 +94,7 @@ def block_attention(
     Returns:
         (B, H, T, C), laid out as (B, T, H, C).
     """
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = as_computed(query, key, value)
     with torch.autocast("cpu", enabled=False):
         return BlockAttention.apply(query, key, value, window, sinks, document_ids, dropout)  # type: ignore[no-untyped-call, no-any-return]
 

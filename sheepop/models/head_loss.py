@@ -5,13 +5,13 @@ some eight times is a good part of its time. Here the gradient of a chunk's logi
 right after them, and goes at once into the gradients of the hidden states and of the head's weight.
 """
 
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sheepop.models.linear import add_weight_gradient, product
+from sheepop.utils.runtime import has_numba
 
 # Small vocabularies: one chunk of up to 16 MiB of fp32 logits, less than a processor's last cache and large enough that
 # the calls do not count. Large ones: each chunk reads and writes the weight's whole gradient, which so many rows repay
@@ -31,7 +31,7 @@ def rows_at_once(vocab_size: int, device_type: str) -> int:
 def has_kernel(logits: Tensor) -> bool:
     """Say whether compiled code makes the gradient of these logits faster than PyTorch's operators do."""
     are_halves = logits.dtype == torch.bfloat16 and logits.device.type == "cpu"
-    return are_halves and logits.numel() >= KERNEL_FROM and importlib.util.find_spec("numba") is not None
+    return are_halves and logits.numel() >= KERNEL_FROM and has_numba()
 
 
 def summed_head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, copied: Tensor | None = None) -> Tensor:

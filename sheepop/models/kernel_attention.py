@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sheepop.models.block_attention import without_others
+from sheepop.models.block_attention import as_computed, learning_dtype, without_others
 from sheepop.models.positions import document_starts
 from sheepop.utils.threads import on_all_threads
 
@@ -18,18 +18,14 @@ WIDTHS = 16  # the head width is a multiple of it
 TYPES = (torch.float32, torch.bfloat16)
 
 
-def suits_kernels(time: int, head_dim: int, bytes_per_number: int) -> bool:
+def suits_kernels(time: int, head_dim: int) -> bool:
     """Say whether kernels are there for such heads, and texts of so many tokens fill their squares."""
-    return time >= LEAST_TIME and head_dim % WIDTHS == 0 and bytes_per_number in (2, 4)
+    return time >= LEAST_TIME and head_dim % WIDTHS == 0
 
 
 def learns_by_kernels(query: Tensor, key: Tensor) -> bool:
     """Say whether these are queries and keys to learn from by kernels."""
-    if not (torch.is_grad_enabled() and query.requires_grad and query.device.type == "cpu"):
-        return False
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    time, width = query.shape[2:]
-    return dtype in TYPES and time == key.shape[2] and suits_kernels(time, width, dtype.itemsize)
+    return learning_dtype(query, key) in TYPES and suits_kernels(*query.shape[2:])
 
 
 def kernel_attention(
@@ -54,11 +50,8 @@ def kernel_attention(
     Returns:
         (B, H, T, C), laid out as (B, T, H, C).
     """
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    with torch.autocast("cpu", enabled=False):
-        return KernelAttention.apply(query, key, value, window, sinks, document_ids, dropout)  # type: ignore[no-untyped-call, no-any-return]
+    query, key, value = as_computed(query, key, value)
+    return KernelAttention.apply(query, key, value, window, sinks, document_ids, dropout)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class KernelAttention(torch.autograd.Function):

@@ -5,7 +5,6 @@ about zero. Of 4 bits each group of 32 neighbours in a row has a scale and a low
 which a weight takes 5.
 """
 
-import importlib.util
 from typing import Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from sheepop.config import ModelConfig
 from sheepop.models.linear import Linear, linear
+from sheepop.utils.runtime import has_numba
 
 Quantization = Literal["int8", "int4"]
 
@@ -129,7 +129,7 @@ def use_quantized_layers(model: nn.Module, config: ModelConfig) -> None:
 def has_kernels(weight: Tensor) -> bool:
     """Say whether a weight is rounded by compiled code, several times as fast as by PyTorch's operators."""
     is_large = weight.device.type == "cpu" and weight.numel() >= KERNELS_FROM
-    return is_large and importlib.util.find_spec("numba") is not None
+    return is_large and has_numba()
 
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

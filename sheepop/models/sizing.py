@@ -118,7 +118,7 @@ def attention_kernel(
     if config.attention == "reference":
         return "reference"
     drops = config.dropped_attention > 0
-    if by_kernels and not on_gpu and suits_kernels(context, config.head_dim, bytes_per_number):
+    if by_kernels and not on_gpu and suits_kernels(context, config.head_dim):
         return "kernels"
     return "blocks" if not on_gpu and suits_blocks(context, bytes_per_number, drops=drops) else "fused"
 

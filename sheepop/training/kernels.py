@@ -4,7 +4,6 @@ Decided once, before the first step, and written into the run's settings as `on`
 order, so that a resumed run must go the way it began.
 """
 
-import importlib.util
 import statistics
 import time
 from functools import cache
@@ -21,6 +20,7 @@ from sheepop.training.speed import precision_of
 from sheepop.training.state import Run
 from sheepop.utils.errors import ConfigError
 from sheepop.utils.logging import log
+from sheepop.utils.runtime import has_numba
 
 # The kernels take some ten seconds to compile where that was never done, else half a second to load, and save some 5 to
 # 15 of 100 seconds (`docs/log.md`, 2026-12-01).
@@ -46,13 +46,13 @@ def use_of_kernels(config: Config, device: torch.device, *, steps: int | None) -
     """Return what `training.attention_kernels` comes to, `on` or `off`; where that is open, measure and say so.
 
     Args:
-        steps: that the run makes; None: its minutes decide.
+        steps: that the run makes; None: its minutes decide, if any are given.
 
     Raises:
         ConfigError: `on` without numba.
     """
-    asked, has_numba = config.training.attention_kernels, importlib.util.find_spec("numba") is not None
-    if asked == "on" and not has_numba:
+    asked = config.training.attention_kernels
+    if asked == "on" and not has_numba():
         raise ConfigError(
             "training.attention_kernels is on, but numba, which compiles them, is not installed. Install it with "
             "`pip install 'sheepop[fast]'`, or say --training.attention_kernels off (auto uses them where it can). A "
@@ -61,18 +61,17 @@ def use_of_kernels(config: Config, device: torch.device, *, steps: int | None) -
     if asked != "auto":
         return asked
     model, context = config.model, config.data.max_length
-    dtype = precision_of(config, device).autocast_dtype or torch.float32
-    is_possible = has_numba and device.type == "cpu" and model.attention == "optimized"
-    if not (is_possible and suits_kernels(context, model.head_dim, dtype.itemsize) and is_long(config, steps)):
+    is_possible = has_numba() and device.type == "cpu" and model.attention == "optimized"
+    if not (is_possible and suits_kernels(context, model.head_dim) and is_long(config, steps)):
         return "off"
-    return faster(model, context, dtype)
+    return faster(model, context, precision_of(config, device).autocast_dtype or torch.float32)
 
 
 def is_long(config: Config, steps: int | None) -> bool:
     """Say whether the run is long enough to repay loading the kernels, and a first time compiling them."""
     training, context = config.training, config.data.max_length
     if steps is None:
-        return training.max_minutes is None or training.max_minutes >= LEAST_MINUTES
+        return training.max_minutes is not None and training.max_minutes >= LEAST_MINUTES
     tokens = steps * training.batch_size * training.gradient_accumulation_steps * context
     return tokens * training_flops_per_token(config.model, context) >= LEAST_FLOPS
 

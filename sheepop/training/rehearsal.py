@@ -68,7 +68,8 @@ def make_plan(file: Path | None, *, preset: str | None, overrides: dict[str, obj
     if corpus is not None:
         config = with_vocabulary(config, corpus)
     precision = precision_of(config, device)
-    attention_kernels = use_of_kernels(config, device, steps=config.training.max_steps)
+    per_epoch = None if corpus is None else epoch_of(config, corpus)[1]
+    attention_kernels = use_of_kernels(config, device, steps=plan_steps(config.training, per_epoch))
     config = config.with_training(attention_kernels=attention_kernels)
     return_freed_memory()
     keep_freed_memory()
@@ -100,11 +101,9 @@ def make_plan(file: Path | None, *, preset: str | None, overrides: dict[str, obj
 
 def plan_with_text(plan: Plan, config: Config, corpus: Corpus, device: torch.device) -> Plan:
     """Add what only a text can tell: epochs, and by real steps the time and the memory, if these steps fit."""
-    text = corpus.split("train")
     # The copy that steps are made on counts as well.
     if plan.memory.estimate + weight_bytes(config.model) > plan.memory.available:
-        windows = max(1, text.num_windows(config.data.max_length, config.data.stride))
-        per_epoch = -(-windows // (config.training.batch_size * config.training.gradient_accumulation_steps))
+        windows, per_epoch = epoch_of(config, corpus)
         steps = plan_steps(config.training, per_epoch)
         return replace(
             plan,
@@ -133,6 +132,12 @@ def plan_with_text(plan: Plan, config: Config, corpus: Corpus, device: torch.dev
     if not plan.memory.fits:  # the estimate did, but what was measured does not
         plan = replace(plan, advice=settings_that_fit(config, device, plan.memory))
     return plan
+
+
+def epoch_of(config: Config, corpus: Corpus) -> tuple[int, int]:
+    """Return the windows and the steps of an epoch, of a text that is not packed."""
+    windows = max(1, corpus.split("train").num_windows(config.data.max_length, config.data.stride))
+    return windows, -(-windows // (config.training.batch_size * config.training.gradient_accumulation_steps))
 
 
 def rehearse_libraries(config: Config, device: torch.device, precision: Precision) -> None:

@@ -61,13 +61,18 @@ def end_without_a_search() -> None:
     atexit.register(gc.freeze)
 
 
+def has_numba() -> bool:
+    """Say whether kernels can be compiled, without loading what compiles them, which takes half a second."""
+    return importlib.util.find_spec("numba") is not None
+
+
 def load_numba_alone() -> None:
     """Let numba begin without what other packages add to it, of which our kernels use nothing.
 
     awkward, which the fast engine of tokenizers brings along, takes a quarter of a second to add what it has. This is
     for a process that is ours alone: whatever else it compiled would lack these additions, too.
     """
-    if importlib.util.find_spec("numba") is not None:
+    if has_numba():
         from numba.core import entrypoints
 
         entrypoints._already_initialized = True

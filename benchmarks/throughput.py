@@ -2,17 +2,18 @@
 
     python benchmarks/throughput.py --rounds 3                      # ours, eager and compiled
     python benchmarks/throughput.py --rounds 3 --nanogpt FOLDER     # nanoGPT's model beside it, in turn
+    python benchmarks/throughput.py --turns 10 --nanogpt FOLDER     # steps of both in turn, for a noisy machine
     python benchmarks/throughput.py --overhead --text input.txt     # a run of the nano preset
     python benchmarks/throughput.py --device cuda --precision bf16 --batch 32 --ways compiled --nanogpt FOLDER
 
-Each figure is of a process of its own: the median of some steps after the first, and the most memory that it held. On a
-GPU a figure is of ten steps in a row, and the memory is that of the GPU's tensors. Both make the same step on random
-tokens: forward, backward, clipping to 1, AdamW; nanoGPT's architecture is ours with learned positions and no biases.
-`of peak` is the share of the operations that the device can do at best (`peak_flops`), by the same count of the model's
-operations for both (`training_flops_per_token`). Idle threads of both wait politely, as the command lets them. `FOLDER`
-is a checkout of nanoGPT, whose `model.py` is used as its `train.py` does: on a GPU with TensorFloat-32 for what is left
-in fp32, and with no loss read from the device; ours has its loss and its norm queued for Python there, as a run has,
-which reads them a step later.
+Each figure is of a process of its own: the median of some steps after the first, and the most memory that it held; with
+`--turns` both are in one process and make a step each in turn. On a GPU a figure is of ten steps in a row, and the
+memory is that of the GPU's tensors. Both make the same step on random tokens: forward, backward, clipping to 1, AdamW;
+nanoGPT's architecture is ours with learned positions and no biases. `of peak` is the share of the operations that the
+device can do at best (`peak_flops`), by the same count of the model's operations for both (`training_flops_per_token`).
+Idle threads of both wait politely, as the command lets them. `FOLDER` is a checkout of nanoGPT, whose `model.py` is
+used as its `train.py` does: on a GPU with TensorFloat-32 for what is left in fp32, and with no loss read from the
+device; ours has its loss and its norm queued for Python there, as a run has, which reads them a step later.
 """
 
 import argparse
@@ -38,17 +39,17 @@ from sheepop.models.transformer import TransformerModel
 from sheepop.training import trainer
 from sheepop.training.compiling import keep_compiled_code
 from sheepop.training.distributed import World
+from sheepop.training.gradient_libraries import WAYS, factors_to_time, faster, make_gradients_by
 from sheepop.training.guard import Guard
+from sheepop.training.kernels import by_kernels, use_of_kernels
 from sheepop.training.late_steps import Refusals
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.run import start_run
 from sheepop.training.state import Learner, TrainingState
 from sheepop.training.step import MicroBatch, train_step
-from sheepop.training.weight_gradients import faster, make_weight_gradients_by, product_to_time
-from sheepop.training.weight_gradients import measure as measure_ways
 from sheepop.utils.devices import BF16, FP32, Precision, peak_flops, resolve_device
 from sheepop.utils.memory import peak_resident_bytes
-from sheepop.utils.runtime import has_numba, keep_freed_memory
+from sheepop.utils.runtime import keep_freed_memory
 
 
 class Size(NamedTuple):
@@ -73,6 +74,7 @@ USUAL_SIZES = {"cpu": ["0.8M", "10.7M", "44.6M"], "cuda": ["124M"]}
 PRECISIONS = {precision.name: precision for precision in (FP32, BF16)}
 STEPS_BETWEEN_WAITS = {"cpu": 1, "cuda": 10}
 OVERHEAD_STEPS = 1000
+STEPS_OF_A_RUN = 10**6  # so that what a long run decides is decided
 
 
 @dataclass(frozen=True)
@@ -105,16 +107,23 @@ class Task:
         return load_config(overrides={f"model.{key}": value for key, value in settings.items()})
 
 
+def task_of(size: str, way: str, options: argparse.Namespace) -> Task:
+    """Return the task that the command line means."""
+    sizes, device, precision = SIZES[size], resolve_device(options.device), PRECISIONS[options.precision]
+    return Task(sizes, options.batch or sizes.batch, device, precision, way == "compiled")
+
+
 def our_step(task: Task) -> Callable[[], object]:
     """Return a training step of ours."""
     keep_freed_memory()
     config = task.config()
     model = TransformerModel(config.model).to(task.device)
     token_ids, targets = task.random_tokens()
-    product = product_to_time(model, token_ids.numel()) if task.precision is FP32 else None
-    if product is not None:
-        make_weight_gradients_by(faster(measure_ways(*product)), model)
-    model.learn_by_kernels(has_numba())  # as in a run of some minutes
+    factors = factors_to_time(model, token_ids.numel()) if task.precision is FP32 else None
+    if factors is not None:
+        make_gradients_by({setting: faster(setting, factors) for setting in WAYS}, model)
+    kernels = use_of_kernels(config, task.device, steps=STEPS_OF_A_RUN)
+    model.learn_by_kernels(**by_kernels(kernels))
     if task.compiled:
         keep_compiled_code()
         model.compile_blocks(True)
@@ -225,6 +234,33 @@ def compare(size: str, options: argparse.Namespace) -> None:
     show(f"a training step of {size} parameters, {batch} x {context} tokens, {options.precision}{on}", rows)
 
 
+def compare_in_turn(size: str, options: argparse.Namespace) -> None:
+    """Show the medians of steps of ours and of nanoGPT's made in turn in this process, and that of their ratios."""
+    rows: list[dict[str, object]] = []
+    for way in options.ways:
+        task = task_of(size, way, options)
+        torch.manual_seed(0)
+        steps = {"sheepop": our_step(task), "nanoGPT": nanogpt_step(task, options.nanogpt)}
+        group = STEPS_BETWEEN_WAITS[task.device.type]
+
+        def seconds(step: Callable[[], object], device: torch.device, group: int) -> Callable[[], float]:
+            seconds_each(step, 1 + group, device)  # compiles, and warms up
+            return lambda: seconds_each(step, group, device)
+
+        results = alternate({who: seconds(step, task.device, group) for who, step in steps.items()}, options.turns)
+        ratio = median([theirs / ours for ours, theirs in zip(*results.values(), strict=True)])
+        rows += [
+            {
+                "who": f"{who} {way}",
+                "ms a step": median(times) * 1000,
+                "tokens/s": task.batch * task.size.context / median(times),
+                "times nanoGPT": ratio if who == "sheepop" else "",
+            }
+            for who, times in results.items()
+        ]
+    show(f"training steps of {size} parameters in turn, {options.precision}", rows)
+
+
 def show_overhead(text: Path) -> None:
     """Train with the nano preset and compare the time in steps with that of the loop around them."""
     in_steps = 0.0
@@ -265,16 +301,19 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--batch", type=int, help="sequences of a step, instead of the size's own number")
     parser.add_argument("--ways", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
+    parser.add_argument("--turns", type=int, default=0, help="make so many steps each in turn in this process")
     parser.add_argument("--overhead", action="store_true", help="measure a run instead of steps; needs --text")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--here", action="store_true", help="measure one contestant in this process")
     options = parser.parse_args()
-    device, sizes = resolve_device(options.device), options.sizes or USUAL_SIZES[options.device]
+    sizes = options.sizes or USUAL_SIZES[options.device]
     if options.here:
-        size, precision = SIZES[sizes[0]], PRECISIONS[options.precision]
-        is_compiled = options.ways[0] == "compiled"
-        task = Task(size, options.batch or size.batch, device, precision, is_compiled)
-        measure_here(task, options.nanogpt)
+        measure_here(task_of(sizes[0], options.ways[0], options), options.nanogpt)
+    elif options.turns:
+        if options.nanogpt is None:
+            parser.error("--turns needs --nanogpt")
+        for size in sizes:
+            compare_in_turn(size, options)
     elif options.overhead:
         if options.text is None:
             parser.error("--overhead needs --text")

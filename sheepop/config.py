@@ -239,10 +239,16 @@ class TrainingConfig(Section):
         description="the library for gradients of large fp32 weights on a CPU where oneDNN makes the other products, "
         "not on Intel's; auto measures which is faster where the run is long enough to repay it",
     )
+    hidden_gradients: Literal["auto", "onednn", "blas"] = Field(
+        "auto", description="the same for gradients of what such layers read"
+    )
     attention_kernels: Literal["auto", "on", "off"] = Field(
         "auto",
         description="on a CPU let attention learn by kernels that numba compiles; auto does where numba is there and "
         "the run is long enough to repay that, from some three minutes on",
+    )
+    head_kernels: Literal["auto", "on", "off"] = Field(
+        "auto", description="the same for the head in fp32, its loss and what it copies"
     )
     activation_checkpointing: bool = Field(
         False, description="keep one activation a layer and compute the others again: less memory, a third more work"

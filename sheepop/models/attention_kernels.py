@@ -15,7 +15,7 @@ from numba import njit, types
 from numba.extending import overload
 from numpy.typing import NDArray
 
-from sheepop.models.attention_squares import (
+from sheepop.models.squares import (
     MULTIPLIES_BF16,
     SIDE,
     add_product,

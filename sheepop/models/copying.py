@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sheepop.config import ModelConfig
+from sheepop.models.kernel_copying import KernelCopySums, suits_kernels
 from sheepop.models.linear import Linear
 
 QUERIES_AT_ONCE = 128  # of each text: their scores stay in a cache
@@ -87,7 +88,13 @@ class CopyHead(nn.Module):
 
 
 def copy_sums(
-    query: Tensor, key: Tensor, token_ids: Tensor, targets: Tensor, document_ids: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    token_ids: Tensor,
+    targets: Tensor,
+    document_ids: Tensor | None = None,
+    *,
+    by_kernels: bool = False,
 ) -> Tensor:
     """Return ln of the summed exponentials of each token's scores, of all places and of those that offer its target.
 
@@ -96,11 +103,15 @@ def copy_sums(
         token_ids: (B, T).
         targets: (B, T), what is to be copied.
         document_ids: (B, T), or None.
+        by_kernels: learn by compiled kernels where there are such (`kernel_copying.py`).
 
     Returns:
         (2, B, T) fp32, minus infinity where there is no place.
     """
     with torch.autocast(query.device.type, enabled=False):
+        if by_kernels and suits_kernels(query) and torch.is_grad_enabled():
+            offered = following(token_ids)
+            return KernelCopySums.apply(query, key, offered, targets, document_ids)  # type: ignore[no-untyped-call, no-any-return]
         return CopySums.apply(query, key, token_ids, targets, document_ids)  # type: ignore[no-untyped-call, no-any-return]
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sheepop.models.kernel_head import KernelHead, learns_by_kernels
 from sheepop.models.linear import add_weight_gradient, product
 from sheepop.utils.runtime import has_numba
 
@@ -34,7 +35,9 @@ def has_kernel(logits: Tensor) -> bool:
     return are_halves and logits.numel() >= KERNEL_FROM and has_numba()
 
 
-def summed_head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, copied: Tensor | None = None) -> Tensor:
+def summed_head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, copied: Tensor | None = None, *, by_kernels: bool = False
+) -> Tensor:
     """Return the sum of -ln p(target) in nats over the targets that hold a token, as an fp32 scalar.
 
     The same as `summed_cross_entropy` of the logits, and so are its gradients; under autocast the products are in
@@ -45,6 +48,7 @@ def summed_head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, copied: Te
         weight: (V, D).
         targets: (B, T) integers; negative ones hold no token.
         copied: (2, B, T), what `copy_sums` returns; None: nothing is copied.
+        by_kernels: make products and softmax by compiled kernels where there are such (`kernel_head.py`).
     """
     device_type = hidden.device.type
     is_mixed = torch.is_autocast_enabled(device_type)
@@ -53,7 +57,7 @@ def summed_head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, copied: Te
         hidden, weight = hidden.detach(), weight.detach()
     with torch.autocast(device_type, enabled=False):
         sums = None if copied is None else copied.flatten(1)
-        return HeadLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), dtype, sums)  # type: ignore[no-untyped-call, no-any-return]
+        return HeadLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), dtype, sums, by_kernels)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class HeadLoss(torch.autograd.Function):
@@ -67,56 +71,38 @@ class HeadLoss(torch.autograd.Function):
         targets: Tensor,
         dtype: torch.dtype,
         copied: Tensor | None,
+        by_kernels: bool,
     ) -> Tensor:
         """Map hidden (N, D), weight (V, D), targets (N,) and copies (2, N) to the summed loss; products in `dtype`."""
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        device, (V, D) = hidden.device, weight.shape
-        on_cpu, is_fp32 = device.type == "cpu", dtype == torch.float32
-        makes_errors = wants_hidden or wants_weight
-        matrix = weight.to(dtype)  # (V, D)
         hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
-        weight_gradient = torch.empty(V, D, device=device) if wants_weight else None
         copied_gradient = None if copied is None else torch.empty_like(copied)
-        loss = torch.zeros((), device=device)
-        rows = min(len(hidden), rows_at_once(V, device.type))
-        # Many logits: the same memory for every chunk. Few are not worth oneDNN's copy into what it is given.
-        memory = torch.empty(rows, V, device=device) if is_fp32 and rows * V > LOGITS_AT_ONCE else None
+        rows = min(len(hidden), rows_at_once(len(weight), hidden.device.type))
+        head: KernelHead | OperatorHead
+        if by_kernels and (wants_hidden or wants_weight) and learns_by_kernels(weight, dtype):
+            head = KernelHead(weight, rows)
+        else:
+            head = OperatorHead(weight, dtype, rows, wants_hidden=wants_hidden, wants_weight=wants_weight)
+        loss = torch.zeros((), device=hidden.device)
         for start in range(0, len(hidden), rows):
             here = slice(start, start + rows)
-            inputs, wanted = hidden[here].to(dtype), targets[here, None]  # (n, D), (n, 1)
+            inputs, wanted = hidden[here].to(dtype), targets[here]  # (n, D), (n,)
             is_real, wanted = wanted >= 0, wanted.clamp(min=0)
-            scores = product(inputs, matrix, out=None if memory is None else memory[: len(inputs)])  # (n, V)
-            wanted_scores = scores.gather(1, wanted).float()  # (n, 1)
-            errors: Tensor | None = None
-            if makes_errors and has_kernel(scores):
-                from sheepop.models.head_kernels import turn_into_errors  # numba, which takes half a second to load
-
-                errors = scores
-                losses = turn_into_errors(errors, wanted[:, 0]).unsqueeze(1)  # (n, 1)
-            else:
-                # In place on a CPU, whose kernel goes row by row and has read a number before it writes there.
-                scores = scores.float()
-                scores = torch.log_softmax(scores, 1, out=scores if on_cpu else None)
-                losses = -scores.gather(1, wanted)
-                if makes_errors:
-                    # The gradient of the logits: the probabilities, less one at the target.
-                    minus_one = torch.full_like(wanted, -1.0, dtype=torch.float32)
-                    errors = scores.exp_().scatter_add_(1, wanted, minus_one).to(dtype)
-            weights: Tensor = is_real  # of the rows of errors
+            losses, wanted_scores = head.score(inputs, wanted)
+            weights = is_real.float()  # of the errors of each token; of truth values products take five times as long
             if copied is not None and copied_gradient is not None:
-                shared = share_with_copies(losses, wanted_scores, copied[:, here, None])
+                shared = share_with_copies(losses, wanted_scores, copied[:, here])
                 weights = is_real * shared.scale
-                copied_gradient[:, here] = (is_real * shared.copied_gradient)[..., 0]
-                if errors is not None:
-                    errors.scatter_(1, wanted, (torch.exp(-losses) - shared.right_share).to(dtype))
+                copied_gradient[:, here] = is_real * shared.copied_gradient
+                head.set_right(torch.exp(-losses) - shared.right_share)
                 losses = shared.losses
             loss += losses.where(is_real, 0.0).sum()
-            if errors is not None and hidden_gradient is not None:
-                torch.mul(product(errors, matrix.t()), weights, out=hidden_gradient[here])
-            if errors is not None and weight_gradient is not None:
-                add_weight_gradient(weight_gradient, (inputs * weights).to(dtype), errors, is_first=start == 0)
-            del scores, errors  # before the next ones are made
-        ctx.save_for_backward(hidden_gradient, weight_gradient, copied_gradient)
+            head.weigh(weights)
+            if hidden_gradient is not None:
+                head.find_hidden_gradient(hidden_gradient[here])
+            if wants_weight:
+                head.add_weight_gradient(is_first=start == 0)
+        ctx.save_for_backward(hidden_gradient, head.weight_gradient, copied_gradient)
         return loss
 
     @staticmethod
@@ -125,17 +111,75 @@ class HeadLoss(torch.autograd.Function):
         hidden_gradient, weight_gradient, copied_gradient = (
             None if made is None else made.mul_(gradient) for made in ctx.saved_tensors
         )
-        return hidden_gradient, weight_gradient, None, None, copied_gradient
+        return hidden_gradient, weight_gradient, None, None, copied_gradient, None
+
+
+class OperatorHead:
+    """The head by PyTorch's operators, some tokens after the other: scores and their softmax, then gradients.
+
+    Errors are the gradients of a token's logits: the probabilities, less one at the target.
+    """
+
+    def __init__(
+        self, weight: Tensor, dtype: torch.dtype, rows: int, *, wants_hidden: bool, wants_weight: bool
+    ) -> None:
+        """Get ready for at most so many rows at a time, whose products are in `dtype`."""
+        self.makes_errors, self.dtype, device = wants_hidden or wants_weight, dtype, weight.device
+        self.matrix = weight.to(dtype)  # (V, D)
+        self.weight_gradient = torch.empty(weight.shape, device=device) if wants_weight else None
+        # Many logits: the same memory for every chunk. Few are not worth oneDNN's copy into what it is given.
+        is_large = dtype == torch.float32 and rows * len(weight) > LOGITS_AT_ONCE
+        self.memory = torch.empty(rows, len(weight), device=device) if is_large else None
+
+    def score(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return -ln p(target) in nats and the logit of the target, (n,) each, for inputs (n, D) and targets (n,)."""
+        self.inputs, self.targets = inputs, (wanted := targets[:, None])
+        memory = None if self.memory is None else self.memory[: len(inputs)]
+        self.errors = self.matrix[:0]  # the last ones make room
+        scores = product(inputs, self.matrix, out=memory)  # (n, V)
+        wanted_scores = scores.gather(1, wanted)[:, 0].float()
+        if self.makes_errors and has_kernel(scores):
+            from sheepop.models.head_kernels import turn_into_errors  # numba, which takes half a second to load
+
+            self.errors = scores
+            return turn_into_errors(scores, targets), wanted_scores
+        # In place on a CPU, whose kernel goes row by row and has read a number before it writes there.
+        scores = scores.float()
+        scores = torch.log_softmax(scores, 1, out=scores if scores.device.type == "cpu" else None)
+        losses = -scores.gather(1, wanted)
+        if self.makes_errors:
+            minus_one = torch.full_like(wanted, -1.0, dtype=torch.float32)
+            self.errors = scores.exp_().scatter_add_(1, wanted, minus_one).to(self.dtype)
+        return losses[:, 0], wanted_scores
+
+    def set_right(self, errors: Tensor) -> None:
+        """Set the errors (n,) of the targets themselves."""
+        if self.makes_errors:
+            self.errors.scatter_(1, self.targets, errors[:, None].to(self.dtype))
+
+    def weigh(self, weights: Tensor) -> None:
+        """Let the errors of each token count so much, (n,)."""
+        self.weights = weights[:, None]
+
+    def find_hidden_gradient(self, gradient: Tensor) -> None:
+        """Set the gradient (n, D) of the inputs."""
+        torch.mul(product(self.errors, self.matrix.t()), self.weights, out=gradient)
+
+    def add_weight_gradient(self, *, is_first: bool) -> None:
+        """Add to the gradient (V, D) of the weight; the first replaces what was there."""
+        assert self.weight_gradient is not None
+        weighed = (self.inputs * self.weights).to(self.dtype)
+        add_weight_gradient(self.weight_gradient, weighed, self.errors, is_first=is_first)
 
 
 class Shared(NamedTuple):
     """How a softmax over the vocabulary changes where copies share in it.
 
     Attributes:
-        losses: (n, 1), with the copies.
-        scale: (n, 1), what the vocabulary's probabilities are multiplied by.
-        right_share: (n, 1), the entry's part of the right answer's probability, over `scale`.
-        copied_gradient: (2, n, 1), of the losses for both sums.
+        losses: (n,), with the copies.
+        scale: (n,), what the vocabulary's probabilities are multiplied by.
+        right_share: (n,), the entry's part of the right answer's probability, over `scale`.
+        copied_gradient: (2, n), of the losses for both sums.
     """
 
     losses: Tensor
@@ -148,9 +192,9 @@ def share_with_copies(losses: Tensor, wanted_scores: Tensor, copied: Tensor) -> 
     """Let copies share in a softmax.
 
     Args:
-        losses: (n, 1), without copies, -ln p(target).
-        wanted_scores: (n, 1), the logit of the target.
-        copied: (2, n, 1), what `copy_sums` returns.
+        losses: (n,), without copies, -ln p(target).
+        wanted_scores: (n,), the logit of the target.
+        copied: (2, n), what `copy_sums` returns.
     """
     of_entries, (of_all, of_right) = losses + wanted_scores, copied
     total, right = torch.logaddexp(of_entries, of_all), torch.logaddexp(wanted_scores, of_right)

@@ -3,8 +3,8 @@
 PyTorch sends fp32 products to MKL, which holds back on processors that its maker did not build. For the same product
 the oneDNN library beside it takes up to a third less time on an AMD EPYC with AVX2 and less than half on one with whole
 AVX-512 units (Zen 5), but up to a half more on an Intel Xeon (`benchmarks/linear.py`). Where an AMD processor shows
-AVX2 alone the two may be equal, and MKL the faster for gradients of weights, so that a run measures these
-(`training/weight_gradients.py`).
+AVX2 alone the two may be equal, and MKL the faster for gradients, so that a run measures these
+(`training/gradient_libraries.py`).
 """
 
 import platform
@@ -30,11 +30,13 @@ class Linear(nn.Linear):
     """PyTorch's linear layer, without its own initialisation: the model draws all its weights in one place.
 
     With `learns_in_fp8` its products are made in 8 bits where it learns (`fp8.py`); evaluation and generation never do.
-    With `gradient_by_onednn` oneDNN makes a large weight's gradient, too, where it makes the layer's other products.
+    Where oneDNN makes its products, two switches say whether it makes the gradients, too: of what the layer reads, and
+    of a large weight.
     """
 
     learns_in_fp8 = False
-    gradient_by_onednn = True
+    hidden_gradient_by_onednn = True
+    weight_gradient_by_onednn = True
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
@@ -43,14 +45,22 @@ class Linear(nn.Linear):
         """Map (..., I) to (..., O)."""
         if self.learns_in_fp8 and self.training and torch.is_grad_enabled():
             return fp8_linear(hidden, self.weight, self.bias)
-        return linear(hidden, self.weight, self.bias, gradient_by_onednn=self.gradient_by_onednn)
+        by_onednn = self.hidden_gradient_by_onednn, self.weight_gradient_by_onednn
+        return linear(hidden, self.weight, self.bias, gradients_by_onednn=by_onednn)
 
 
-def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, gradient_by_onednn: bool = True) -> Tensor:
+def linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gradients_by_onednn: tuple[bool, bool] = (True, True),
+) -> Tensor:
     """Return `torch.nn.functional.linear(hidden, weight, bias)` within rounding: (..., I) to (..., O)."""
     if prefers_onednn(hidden, weight):
-        by_onednn = gradient_by_onednn and weight.numel() >= LEAST_WEIGHTS
-        return OneDNNLinear.apply(hidden, weight, bias, by_onednn)  # type: ignore[no-untyped-call, no-any-return]
+        of_hidden, of_weight = gradients_by_onednn
+        of_weight = of_weight and weight.numel() >= LEAST_WEIGHTS
+        return OneDNNLinear.apply(hidden, weight, bias, of_hidden, of_weight)  # type: ignore[no-untyped-call, no-any-return]
     return F.linear(hidden, weight, bias)
 
 
@@ -117,7 +127,16 @@ def parts_of(result: Tensor) -> Iterator[slice]:
 
 def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return left (..., I) times the transpose of right (O, I), plus a bias (O,)."""
+    right = right if HAS_AVX512 or is_dense(right) else right.contiguous()
     return (opaque_product if torch.compiler.is_compiling() else eager_product)(left, right, bias)
+
+
+def is_dense(matrix: Tensor) -> bool:
+    """Say whether rows or columns follow each other without gaps.
+
+    Without AVX-512 oneDNN has fast code for such a right factor alone; another takes a thousand times as long.
+    """
+    return matrix.is_contiguous() or matrix.t().is_contiguous()
 
 
 def eager_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
@@ -137,37 +156,51 @@ def shape_of_product(left: Tensor, right: Tensor, _bias: Tensor | None) -> Tenso
 
 def weight_gradient_by_onednn(inputs: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradient (O, I) of a weight for inputs (N, I) and the gradient (N, O) of what came out."""
-    if inputs.shape[1] < gradient.shape[1]:  # the left one is copied, turned, which takes a fifth of the time
+    # The left one is copied, turned, which takes a fifth of the time; so would a right one be that has gaps.
+    if inputs.shape[1] < gradient.shape[1] and (HAS_AVX512 or is_dense(gradient)):
         return onednn_product(inputs.t(), gradient.t()).t()
     return onednn_product(gradient.t(), inputs.t())
 
 
-def weight_gradient_by_blas(inputs: Tensor, gradient: Tensor) -> Tensor:
+def hidden_gradient_by_onednn(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient (N, I) of what a layer read, for its weight (O, I) and that of what came out, (N, O)."""
+    return onednn_product(gradient, weight.t())
+
+
+def hidden_gradient_by_blas(weight: Tensor, gradient: Tensor) -> Tensor:
     """Do the same by the library that PyTorch uses by itself, MKL on x86."""
+    return gradient @ weight
+
+
+def weight_gradient_by_blas(inputs: Tensor, gradient: Tensor) -> Tensor:
+    """Do what `weight_gradient_by_onednn` does by that library."""
     return gradient.t() @ inputs
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """A linear layer by oneDNN, forward and backward; its stock PyTorch operator has no gradient."""
+    """A linear layer by oneDNN, whose stock PyTorch operator has no gradient; gradients by it or by BLAS."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, gradient_by_onednn: bool) -> Tensor:
-        """Map (..., I) to (..., O)."""
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, of_hidden: bool, of_weight: bool
+    ) -> Tensor:
+        """Map (..., I) to (..., O); the last two say whether oneDNN makes these gradients."""
         ctx.save_for_backward(hidden, weight)
-        ctx.gradient_by_onednn = gradient_by_onednn
+        ctx.of_hidden, ctx.of_weight = of_hidden, of_weight
         return onednn_product(hidden, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden, weight and bias, for the gradient (..., O) of what came out."""
         hidden, weight = ctx.saved_tensors
         rows = gradient.flatten(0, -2)  # (N, O)
         hidden_gradient = weight_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
-            hidden_gradient = onednn_product(gradient, weight.t())
+            of_hidden = hidden_gradient_by_onednn if ctx.of_hidden else hidden_gradient_by_blas
+            hidden_gradient = of_hidden(weight, rows).view_as(hidden)
         if ctx.needs_input_grad[1]:
-            by = weight_gradient_by_onednn if ctx.gradient_by_onednn else weight_gradient_by_blas
-            weight_gradient = by(hidden.flatten(0, -2), rows)
+            of_weight = weight_gradient_by_onednn if ctx.of_weight else weight_gradient_by_blas
+            weight_gradient = of_weight(hidden.flatten(0, -2), rows)
         if ctx.needs_input_grad[2]:
             bias_gradient = rows.sum(0)
-        return hidden_gradient, weight_gradient, bias_gradient, None
+        return hidden_gradient, weight_gradient, bias_gradient, None, None

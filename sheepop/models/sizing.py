@@ -249,20 +249,28 @@ def copying_bytes(config: ModelConfig, *, batch_size: int, context: int, bytes_p
 
 
 def logits_bytes(
-    config: ModelConfig, *, batch_size: int, context: int, bytes_per_number: int = 4, on_gpu: bool = False
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    context: int,
+    bytes_per_number: int = 4,
+    on_gpu: bool = False,
+    by_kernels: bool = False,
 ) -> int:
     """Return the bytes of the logits that exist at one time and of what the head makes of them (`head_loss.py`).
 
     In fp32 on a CPU log-softmax and gradient take the logits' place. On a GPU there are two fp32 ones at a time, and
     with mixed precision on a CPU one and the gradient in the computing type. At the end there are the gradients of what
-    the head reads and of its weight; with mixed precision a part of the latter stands beside it.
+    the head reads and of its weight; with mixed precision a part of the latter stands beside it. Kernels, which are for
+    fp32, have the weight twice more, in other orders.
     """
     rows = min(batch_size * context, rows_at_once(config.vocab_size, "cuda" if on_gpu else "cpu"))
     is_mixed = bytes_per_number < 4
     beside = 4 if on_gpu else bytes_per_number if is_mixed else 0
     part = bytes_per_number * min(MOST_AT_ONCE, config.d_model * config.vocab_size) if is_mixed else 0
     gradients = 4 * config.d_model * (config.vocab_size + batch_size * context)
-    return rows * config.vocab_size * (4 + beside) + gradients + part
+    turned = 8 * config.d_model * config.vocab_size if by_kernels and not on_gpu and not is_mixed else 0
+    return rows * config.vocab_size * (4 + beside) + gradients + part + turned
 
 
 @dataclass(frozen=True)
@@ -311,6 +319,7 @@ def training_bytes(
     document_mask: bool = False,
     on_gpu: bool = False,
     by_kernels: bool = False,
+    head_by_kernels: bool = False,
     activation_checkpointing: bool = False,
     optimizer: Literal["adamw", "muon"] = "adamw",
     shared_rows: int = 0,
@@ -338,7 +347,12 @@ def training_bytes(
             activation_checkpointing=activation_checkpointing,
         ),
         logits=logits_bytes(
-            config, batch_size=batch_size, context=context, bytes_per_number=bytes_per_number, on_gpu=on_gpu
+            config,
+            batch_size=batch_size,
+            context=context,
+            bytes_per_number=bytes_per_number,
+            on_gpu=on_gpu,
+            by_kernels=head_by_kernels,
         ),
         gradients_at_start=weights if gradient_accumulation_steps > 1 else 0,
     )

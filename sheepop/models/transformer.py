@@ -48,6 +48,7 @@ class TransformerModel(nn.Module):
         self.final_norm = make_norm(config, config.d_model)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
         self.copy_head = CopyHead(config) if config.copy_width else None
+        self.head_by_kernels = False
         if config.tie_weights:
             self.head.weight = self.token_embedding.weight  # Press and Wolf 2017
         if config.quantization != "none":
@@ -101,8 +102,8 @@ class TransformerModel(nn.Module):
             copied = None
             if self.copy_head is not None:
                 query, key = self.copy_head(hidden)  # (B, T, W)
-                copied = copy_sums(query, key, token_ids, targets, document_ids)
-            return summed_head_loss(hidden, self.head.weight, targets, copied)
+                copied = copy_sums(query, key, token_ids, targets, document_ids, by_kernels=self.head_by_kernels)
+            return summed_head_loss(hidden, self.head.weight, targets, copied, by_kernels=self.head_by_kernels)
         copies = self.copies(hidden, token_ids, document_ids=document_ids, cache=cache)
         if last_only:
             hidden = hidden[:, -1:]
@@ -244,11 +245,16 @@ class TransformerModel(nn.Module):
             assert isinstance(block, TransformerBlock)
             block.compiled = compiled
 
-    def learn_by_kernels(self, on: bool) -> None:
-        """Let attention on a CPU learn by kernels that numba compiles, where these are faster, or no longer."""
+    def learn_by_kernels(self, *, attention: bool, head: bool) -> None:
+        """Let attention, or the head and what it copies, learn on a CPU by kernels that numba compiles, or no longer.
+
+        Args:
+            head: this concerns products in fp32 alone.
+        """
+        self.head_by_kernels = head
         for block in self.blocks:
             assert isinstance(block, TransformerBlock)
-            block.attention.learn_by_kernels(on)
+            block.attention.learn_by_kernels(attention)
 
     @property
     def device(self) -> torch.device:

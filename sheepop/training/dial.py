@@ -21,7 +21,8 @@ from sheepop.evaluation.plots import METRICS_FILE
 from sheepop.models.sizing import count_parameters
 from sheepop.models.transformer import TransformerModel
 from sheepop.training.distributed import World
-from sheepop.training.kernels import use_of_kernels
+from sheepop.training.kernels import SETTINGS as KERNELS
+from sheepop.training.kernels import by_kernels, use_of_kernels
 from sheepop.training.length import measure_seconds_per_step
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.recipe import (
@@ -103,7 +104,8 @@ def choose_settings(
     seconds = min(MEASURED_SECONDS, MEASURED_SHARE * budget) / 2
     looked = time.perf_counter()
     log(f"choosing a run of {asked.training.max_minutes:g} minutes: a look at the text and some steps on {device}")
-    fixed = dict(overrides) | {"training.attention_kernels": use_of_kernels(asked, device, steps=None)}
+    kernels = use_of_kernels(asked, device, steps=None, has_size=False).training
+    fixed = dict(overrides) | {f"training.{name}": getattr(kernels, name) for name in KERNELS}
     text = look_at_text(asked, overrides, seconds=seconds, sample_bytes=sample_size(budget))
     machine = measure_machine(device, seconds=seconds, num_processes=num_processes, fixed=fixed)
     left = budget - (time.perf_counter() - began)
@@ -288,7 +290,7 @@ PROBES = {
     "other": ((128, 4, 512, 512), (128, 4, 16384, 512), (512, 4, 16384, 512), (1024, 4, 16384, 512)),
 }
 PROBED_CONTEXT = 128
-PROBED_AS_GIVEN = ("training.precision", "training.use_amp", "training.attention_kernels")
+PROBED_AS_GIVEN = ("training.precision", "training.use_amp", *(f"training.{name}" for name in KERNELS))
 
 
 def measure_machine(
@@ -348,7 +350,7 @@ def time_finalists(
 def time_steps(config: Config, device: torch.device, *, seconds: float, num_processes: int = 1) -> float:
     """Return the seconds of a training step with these settings on random tokens, for one of the processes."""
     model = TransformerModel(config.model).to(device).train()
-    model.learn_by_kernels(config.training.attention_kernels == "on")
+    model.learn_by_kernels(**by_kernels(config))
     if config.training.activation_checkpointing:
         model.recompute_activations()
     optimizer = make_optimizer(model, config.training)

@@ -262,6 +262,7 @@ def plan_memory(config: Config, device: torch.device, *, process: int, available
         document_mask=config.data.document_mask,
         on_gpu=device.type == "cuda",
         by_kernels=training.attention_kernels == "on",
+        head_by_kernels=training.head_kernels == "on",
         activation_checkpointing=training.activation_checkpointing,
         optimizer=training.optimizer,
         shared_rows=shared_rows(config),

@@ -350,6 +350,7 @@ def tensor_bytes(config: Config, machine: MachineFacts) -> int:
         context=config.data.max_length,
         on_gpu=torch.device(machine.device).type != "cpu",
         by_kernels=training.attention_kernels == "on",
+        head_by_kernels=training.head_kernels == "on",
         optimizer=training.optimizer,
         shared_rows=shared_rows(config),
     ).peak

@@ -15,7 +15,8 @@ from sheepop.training.batches import batch_loader
 from sheepop.training.compiling import decide_compiling
 from sheepop.training.dial import choose_settings, is_dial
 from sheepop.training.distributed import World
-from sheepop.training.kernels import decide_attention_kernels, use_of_kernels
+from sheepop.training.gradient_libraries import decide_gradient_libraries
+from sheepop.training.kernels import by_kernels, decide_kernels, use_of_kernels
 from sheepop.training.length import LEAVING_SECONDS, measure_step, steps_in_seconds, time_checkpoint
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.plan import (
@@ -35,7 +36,6 @@ from sheepop.training.speed import precision_of
 from sheepop.training.state import Learner, Run, TrainingState
 from sheepop.training.step import MicroBatch, train_step
 from sheepop.training.validation import sample_text, validate
-from sheepop.training.weight_gradients import decide_weight_gradients
 from sheepop.utils.devices import Precision, peak_flops, resolve_device
 from sheepop.utils.logging import log
 from sheepop.utils.memory import available_bytes, forget_peak, peak_resident_bytes, resident_bytes
@@ -69,8 +69,7 @@ def make_plan(file: Path | None, *, preset: str | None, overrides: dict[str, obj
         config = with_vocabulary(config, corpus)
     precision = precision_of(config, device)
     per_epoch = None if corpus is None else epoch_of(config, corpus)[1]
-    attention_kernels = use_of_kernels(config, device, steps=plan_steps(config.training, per_epoch))
-    config = config.with_training(attention_kernels=attention_kernels)
+    config = use_of_kernels(config, device, steps=plan_steps(config.training, per_epoch))
     return_freed_memory()
     keep_freed_memory()
     rehearse_libraries(config, device, precision)
@@ -148,7 +147,7 @@ def rehearse_libraries(config: Config, device: torch.device, precision: Precisio
     settings: dict[str, object] = {f"model.{key}": value for key, value in {**sizes, **heads}.items()}
     tiny = changed(config, settings | {"data.max_length": length, "data.stride": length})
     model = TransformerModel(tiny.model).to(device)
-    model.learn_by_kernels(config.training.attention_kernels == "on")
+    model.learn_by_kernels(**by_kernels(config))
     optimizer = make_optimizer(model, tiny.training)
     state = TrainingState(total_steps=1, data_fingerprint="")
     token_ids = torch.zeros((1, length), dtype=torch.long, device=device)
@@ -160,7 +159,7 @@ def measure(run: Run) -> Times:
     """Measure what the run consists of, on its own model and text, in some seconds altogether."""
     training = run.config.training
     log(f"measuring some steps of this run on {run.model.device}; that takes some seconds")
-    decide_attention_kernels(run)
+    decide_kernels(run)
     load = batch_loader(run)
     full = sum(len(batch.targets) for batch in load(0))  # sequences of a step
     run.model.train()
@@ -176,7 +175,7 @@ def measure(run: Run) -> Times:
     is_whole = affordable >= full
     compiling = 0.0
     if is_whole:
-        decide_weight_gradients(run)
+        decide_gradient_libraries(run)
         began = time.perf_counter()
         decide_compiling(run)  # as the run will; what is compiled here is kept for it
         is_compiled = run.config.training.compile == "on"

@@ -14,7 +14,13 @@ from sheepop.utils.errors import CheckpointError, ConfigError, DataError
 from sheepop.utils.logging import log, warn
 
 # Settings left open until the first step, with what versions did that did not ask.
-DECIDED_AT_START = {"compile": "off", "weight_gradients": "onednn", "attention_kernels": "off"}
+DECIDED_AT_START = {
+    "compile": "off",
+    "weight_gradients": "onednn",
+    "hidden_gradients": "onednn",
+    "attention_kernels": "off",
+    "head_kernels": "off",
+}
 
 # Settings that a resumed run may change without becoming another run: they say how it is watched, kept and loaded.
 FREE_TO_CHANGE = {

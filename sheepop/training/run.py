@@ -33,7 +33,8 @@ from sheepop.training.distributed import (
     local_device,
     on_main,
 )
-from sheepop.training.kernels import decide_attention_kernels
+from sheepop.training.gradient_libraries import decide_gradient_libraries
+from sheepop.training.kernels import decide_kernels
 from sheepop.training.optimizer import make_optimizer
 from sheepop.training.plan_advice import warn_if_too_large
 from sheepop.training.profiling import profile_steps
@@ -43,7 +44,6 @@ from sheepop.training.run_folder import find_start, hold_folder, was_begun_by_th
 from sheepop.training.speed import precision_of
 from sheepop.training.state import Run, TrainingState
 from sheepop.training.trainer import train
-from sheepop.training.weight_gradients import decide_weight_gradients
 from sheepop.utils.devices import resolve_device
 from sheepop.utils.errors import CheckpointError, ConfigError, DataError
 from sheepop.utils.files import write_json
@@ -125,8 +125,8 @@ def start_run(
             resume_from(run, checkpoint, accept_changes=accept_changes)
         elif origin is not None:
             begin_with(run, origin)
-        decide_attention_kernels(run)
-        decide_weight_gradients(run)
+        decide_kernels(run)
+        decide_gradient_libraries(run)
         decide_compiling(run)
         if world.is_main:
             write_json(run_folder / "config.json", run.config.model_dump())

@@ -76,7 +76,8 @@ def test_loss_and_gradients_are_those_of_the_logits(time, at_once, documents, sc
         loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-3, atol=1e-4 * max(1.0, scale), msg=name)
+        atol = 1e-4 * max(1.0, scale) + 1e-6 * float(wanted[name].abs().max())  # some are in the thousands
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-3, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize("kernel_from", [0, 10**9], ids=["kernel", "operators"])

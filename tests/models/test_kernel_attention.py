@@ -10,9 +10,9 @@ from sheepop.config import load_config
 from sheepop.models import attention_kernels, kernel_attention
 from sheepop.models.attention import attention, visible
 from sheepop.models.attention_kernels import items_for
-from sheepop.models.attention_squares import MULTIPLIES_BF16
 from sheepop.models.kernel_attention import KernelAttention
 from sheepop.models.optimized_attention import optimized_attention
+from sheepop.models.squares import MULTIPLIES_BF16
 from sheepop.models.transformer import TransformerModel
 
 attend = kernel_attention.kernel_attention
@@ -187,7 +187,7 @@ def test_a_model_drops_the_same_weights_when_it_computes_again(recomputes):
     config = load_config(overrides={f"model.{key}": value for key, value in (sizes | dropped).items()}).model
     torch.manual_seed(1)
     model = TransformerModel(config).train()
-    model.learn_by_kernels(True)
+    model.learn_by_kernels(attention=True, head=False)
     token_ids = torch.randint(0, 29, (3, 64))
     gradients = []
     for again in (False, recomputes):

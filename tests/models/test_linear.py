@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sheepop.models.linear import (
     LEAST_PRODUCTS,
@@ -25,10 +26,10 @@ def tensors(rows, inputs, outputs, bias):
 @needs_onednn
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("inputs", "outputs"), [(24, 36), (480, 640)], ids=["small", "large"])
-@pytest.mark.parametrize("gradient_by_onednn", [False, True])
-def test_onednn_gives_the_stock_layers_values_and_gradients(inputs, outputs, bias, gradient_by_onednn):
+@pytest.mark.parametrize("by_onednn", [(False, True), (True, False), (True, True)], ids=str)
+def test_onednn_gives_the_stock_layers_values_and_gradients(inputs, outputs, bias, by_onednn):
     arguments = tensors((3, 50), inputs, outputs, bias)
-    ours = OneDNNLinear.apply(*arguments, *([] if bias else [None]), gradient_by_onednn)
+    ours = OneDNNLinear.apply(*arguments, *([] if bias else [None]), *by_onednn)
     stock = F.linear(*arguments)
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
     weights = torch.randn(stock.shape, generator=torch.Generator().manual_seed(1))
@@ -40,14 +41,14 @@ def test_onednn_gives_the_stock_layers_values_and_gradients(inputs, outputs, bia
 @needs_onednn
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("gradient_by_onednn", [False, True])
-def test_compiled_code_goes_to_onednn_too(bias, gradient_by_onednn, monkeypatch):
+@pytest.mark.parametrize("by_onednn", [(False, True), (True, False), (True, True)], ids=str)
+def test_compiled_code_goes_to_onednn_too(bias, by_onednn, monkeypatch):
     monkeypatch.setattr("sheepop.models.linear.LEAST_WEIGHTS", 256 * 128)
     monkeypatch.setattr("sheepop.models.linear.IS_INTEL", False)
     arguments = tensors((30, 50), 128, 256, bias)
 
     def activated(*arguments):
-        return linear(*arguments, gradient_by_onednn=gradient_by_onednn).relu() * 2
+        return linear(*arguments, gradients_by_onednn=by_onednn).relu() * 2
 
     def learn():
         result = compiled_function(*arguments)
@@ -63,7 +64,7 @@ def test_compiled_code_goes_to_onednn_too(bias, gradient_by_onednn, monkeypatch)
 
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
     compiled, gradients = learn()
-    assert len(products) == 1 + 1 + gradient_by_onednn
+    assert len(products) == 1 + sum(by_onednn)
     expected = F.linear(*arguments).relu() * 2
     torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
     for gradient, same in zip(gradients, torch.autograd.grad(expected.square().sum(), arguments), strict=True):
@@ -119,6 +120,39 @@ def test_weight_gradients_are_added_up_the_same_either_way(intel, most_at_once, 
     torch.testing.assert_close(total.double(), 2 * expected, rtol=1e-5, atol=1e-4)
     add_weight_gradient(total, hidden.bfloat16(), gradient.bfloat16(), is_first=True)
     assert float((total - expected).norm()) < 0.01 * float(expected.norm())
+
+
+class RightFactors(TorchDispatchMode):
+    """Notes which right factors oneDNN is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.strides = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if "_linear_pointwise" in str(function):
+            self.strides.append((arguments[1].shape, arguments[1].stride()))
+        return function(*arguments, **(options or {}))
+
+
+@needs_onednn
+@pytest.mark.parametrize("inputs", [64, 400])
+def test_without_avx512_onednn_gets_no_right_factor_with_gaps(inputs, monkeypatch):
+    """For which it has no fast code: the gradient of a large head took a thousand times as long."""
+    monkeypatch.setattr("sheepop.models.linear.HAS_AVX512", False)
+    monkeypatch.setattr("sheepop.models.linear.MOST_AT_ONCE", 100 * inputs)
+    monkeypatch.setattr("sheepop.models.linear.LEAST_PRODUCTS", 0)
+    monkeypatch.setattr("sheepop.models.linear.IS_INTEL", False)
+    hidden, gradient, total = torch.randn(128, inputs), torch.randn(128, 300), torch.empty(300, inputs)
+    wide = torch.randn(300, 2 * inputs)
+    with RightFactors() as factors:
+        add_weight_gradient(total, hidden, gradient, is_first=True)
+        scores = product(hidden, wide[:, :inputs])
+    assert len(factors.strides) == 4
+    for (rows, columns), stride in factors.strides:
+        assert stride in ((columns, 1), (1, rows))
+    torch.testing.assert_close(total, gradient.t() @ hidden, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores, hidden @ wide[:, :inputs].t(), rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_parts_get_no_gradient():

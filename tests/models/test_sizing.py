@@ -35,7 +35,7 @@ def bytes_saved_for_backward(config, *, dtype=None, document_ids=None, time=T, b
     """Bytes of the distinct blocks of memory that autograd keeps, without weights and without the head's gradients."""
     torch.manual_seed(0)
     model = TransformerModel(config).train()
-    model.learn_by_kernels(by_kernels)
+    model.learn_by_kernels(attention=by_kernels, head=False)
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     blocks = {}
 
@@ -163,6 +163,9 @@ def test_the_logits_are_those_of_a_chunk():
     assert logits_bytes(config, batch_size=8, context=1024, on_gpu=True) == 2 * 4 * 4096 * 50257 + head
     mixed = logits_bytes(config, batch_size=8, context=1024, bytes_per_number=2)
     assert mixed == (4 + 2) * 512 * 50257 + head + 2 * 2**22
+    by_kernels = logits_bytes(config, batch_size=8, context=1024, by_kernels=True)
+    assert by_kernels == 4 * 512 * 50257 + head + 2 * 4 * 768 * 50257
+    assert mixed == logits_bytes(config, batch_size=8, context=1024, bytes_per_number=2, by_kernels=True)
 
 
 def test_the_optimizer_keeps_what_the_plan_says():

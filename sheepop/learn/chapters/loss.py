@@ -90,7 +90,7 @@ FORMULAS = (
             "Z": Meaning("scores at each place whose next token is known", value=guesses),
             "y": Meaning("the next token at each place", value=lambda run, _: run.token_ids[1:]),
         },
-        code="sheepop.models.head_loss:HeadLoss.forward",
+        code="sheepop.models.head_loss:OperatorHead.score",
         line="losses = -scores.gather(1, wanted)",
         kids="""
             You have a pile of chips and spread them over all words that might come next. Only the chips on the word

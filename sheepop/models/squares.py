@@ -1,13 +1,15 @@
-"""What attention does with squares of 64 queries by 64 keys, written as vectors for the compiler behind numba.
+"""What attention and the head do with squares of 64 by 64 numbers, written as vectors for the compiler behind numba.
 
 Products are added up in as many sums as the registers hold, so that they take the time of their multiplications alone
 (Goto and van de Geijn 2008). Their factors are items of 32 bits: numbers of fp32, or on a processor that multiplies
-bf16, pairs of neighbours along the dimension that is added up.
-Shape letters: B batch, T time, H heads, C head width, I items that are added up: T or C, or half of it in pairs.
+bf16, pairs of neighbours along the dimension that is added up. The right one of larger products lies in panels of as
+many columns as the registers hold sums of: rows further apart than a panel's would meet in few sets of a cache.
+Shape letters: B batch, T time, H heads, C head width, I items that are added up: T or C, or half of it in pairs; P the
+width of a panel.
 """
 
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
@@ -42,6 +44,9 @@ MULTIPLIES_BF16 = HAS_AVX512 and bool(get_host_cpu_features().get("avx512bf16"))
 # The sums that registers hold: rows, and vectors of each.
 MANY = (4, 4) if HAS_AVX512 else (4, 2)
 FEW = (8, 1)
+PANEL = 2 * LANES
+# Rows of sums for a panel, and for rows that are left over of units of that many; both divide the unit, LOW all rows.
+TALL, LOW, TALL_UNIT = (8, 4, 8) if HAS_AVX512 else (6, 4, 12)
 
 FLOATS, INTS, SHORTS = (ir.VectorType(item, LANES) for item in (FLOAT, INT, SHORT))
 
@@ -204,24 +209,58 @@ def add_product(typing: Any, left: Any, right: Any, sums: Any, is_lower: Any, is
                 item = builder.udiv(row, LONG(numbers))
                 first = builder.select(is_upper, item, LONG(0))
                 last = builder.select(is_lower, builder.add(item, LONG(rows // numbers)), inner)
-                add_sums(builder, left, right, sums, (row, rows), (column, vectors), (first, last), is_first)
+                begin = builder.gep(right.data, [column])
+                factors = Factors(begin, cgutils.unpack_tuple(builder, right.strides)[0])
+                add_sums(builder, left, factors, sums, (row, rows), (column, vectors), (first, last), is_first)
             done = end
         return context.get_dummy_value()
 
     return types.void(left, right, sums, types.boolean, types.boolean, types.boolean), generate
 
 
+@intrinsic
+def add_panels(typing: Any, left: Any, right: Any, sums: Any, is_first: Any) -> Any:  # noqa: ARG001
+    """Do what `add_product` does with the right factor in panels (columns / P, I, P)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        left, right, sums, is_first = arrays_of(context, builder, signature, arguments)
+        inner, num_rows = (LONG(0), size_of(builder, right, 1)), size_of(builder, left, 0)
+        with steps(builder, size_of(builder, right, 0)) as panel:
+            factors = Factors(row_of(builder, right, panel), cgutils.unpack_tuple(builder, right.strides)[1])
+            column = builder.mul(panel, LONG(PANEL))
+            most = builder.mul(builder.udiv(num_rows, LONG(TALL_UNIT)), LONG(TALL_UNIT))
+            for rows, begin, end in ((TALL, LONG(0), most), (LOW, most, num_rows)):
+                with steps(builder, end, rows, begin=begin) as row:
+                    add_sums(builder, left, factors, sums, (row, rows), (column, PANEL // LANES), inner, is_first)
+        return context.get_dummy_value()
+
+    return types.void(left, right, sums, types.boolean), generate
+
+
+class Factors(NamedTuple):
+    """The columns of a right factor for which registers hold sums: a pointer to the first row, bytes between rows."""
+
+    begin: Any
+    stride: Any
+
+    def vectors(self, builder: Any, row: Any, count: int) -> list[Any]:
+        """Return the vectors of a row."""
+        place = builder.add(builder.ptrtoint(self.begin, LONG), builder.mul(row, self.stride))
+        begin = builder.inttoptr(place, self.begin.type)
+        return [load(builder, begin, LONG(number * LANES), LANES) for number in range(count)]
+
+
 def add_sums(
     builder: Any,
     left: Any,
-    right: Any,
+    right: Factors,
     sums: Any,
     rows: tuple[Any, int],
     columns: tuple[Any, int],
     inner: tuple[Any, Any],
     is_first: Any,
 ) -> None:
-    """Write the code of `add_product` for as many sums as registers hold: first row and rows, column and vectors."""
+    """Write the code of a product for as many sums as registers hold: first row and rows, column and vectors."""
     (row, num_rows), (column, num_vectors) = rows, columns
     places = [builder.add(column, LONG(vector * LANES)) for vector in range(num_vectors)]
     totals = [[cgutils.alloca_once(builder, FLOATS) for _ in places] for _ in range(num_rows)]
@@ -236,8 +275,7 @@ def add_sums(
                     builder.store(load(builder, begin, place, LANES), total)
     first, last = inner
     with steps(builder, last, begin=first) as step:
-        begin = row_of(builder, right, step)
-        factors = [load(builder, begin, place, LANES) for place in places]
+        factors = right.vectors(builder, step, num_vectors)
         for number, line in enumerate(totals):
             item = builder.load(item_of(builder, left, builder.add(row, LONG(number)), step))
             items = splat(builder, item, LANES)

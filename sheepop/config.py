@@ -248,7 +248,7 @@ class TrainingConfig(Section):
         "the run is long enough to repay that, from some three minutes on",
     )
     head_kernels: Literal["auto", "on", "off"] = Field(
-        "auto", description="the same for the head in fp32, its loss and what it copies"
+        "auto", description="the same for the head's loss in fp32, and for what it copies"
     )
     activation_checkpointing: bool = Field(
         False, description="keep one activation a layer and compute the others again: less memory, a third more work"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sheepop.config import ModelConfig
-from sheepop.models.kernel_copying import KernelCopySums, suits_kernels
+from sheepop.models.kernel_copying import KernelCopySums, learns_by_kernels
 from sheepop.models.linear import Linear
 
 QUERIES_AT_ONCE = 128  # of each text: their scores stay in a cache
@@ -109,7 +109,7 @@ def copy_sums(
         (2, B, T) fp32, minus infinity where there is no place.
     """
     with torch.autocast(query.device.type, enabled=False):
-        if by_kernels and suits_kernels(query) and torch.is_grad_enabled():
+        if by_kernels and learns_by_kernels(query) and torch.is_grad_enabled():
             offered = following(token_ids)
             return KernelCopySums.apply(query, key, offered, targets, document_ids)  # type: ignore[no-untyped-call, no-any-return]
         return CopySums.apply(query, key, token_ids, targets, document_ids)  # type: ignore[no-untyped-call, no-any-return]

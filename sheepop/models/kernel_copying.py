@@ -17,10 +17,14 @@ WIDTHS = 16  # the width is a multiple of it
 TYPES = (torch.float32, torch.bfloat16)
 
 
-def suits_kernels(query: Tensor) -> bool:
-    """Say whether there are kernels for such queries (B, T, W)."""
-    time, width = query.shape[1:]
-    return query.device.type == "cpu" and query.dtype in TYPES and time >= SIDE and width % WIDTHS == 0
+def suits_kernels(time: int, width: int) -> bool:
+    """Say whether there are kernels for queries of such a width, and texts of so many tokens fill their squares."""
+    return time >= SIDE and width > 0 and width % WIDTHS == 0
+
+
+def learns_by_kernels(query: Tensor) -> bool:
+    """Say whether these are queries (B, T, W) to learn from by kernels."""
+    return query.device.type == "cpu" and query.dtype in TYPES and suits_kernels(*query.shape[1:])
 
 
 class KernelCopySums(torch.autograd.Function):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sheepop.config import Config, ModelConfig
-from sheepop.models import kernel_attention, kernel_head
+from sheepop.models import kernel_attention, kernel_copying, kernel_head
 from sheepop.models.copying import copy_sums
 from sheepop.models.head_loss import summed_head_loss
 from sheepop.models.optimized_attention import optimized_attention
@@ -82,8 +82,8 @@ def use_of_kernels(config: Config, device: torch.device, *, steps: int | None, h
     suits: dict[str, Callable[[], str]] = {}
     if model.attention == "optimized" and kernel_attention.suits_kernels(context, model.head_dim):
         suits["attention_kernels"] = lambda: faster_attention(model, context, dtype)
-    if kernel_head.suits_kernels(head.d_model, dtype):
-        suits["head_kernels"] = lambda: faster_head(head, context)
+    if kernel_head.suits_kernels(head.d_model, dtype) or kernel_copying.suits_kernels(context, model.copy_width):
+        suits["head_kernels"] = lambda: faster_head(head, context, dtype)
     decided = {
         name: suits[name]() if is_possible and name in suits else "off"
         for name in SETTINGS
@@ -111,12 +111,12 @@ def faster_attention(model: ModelConfig, context: int, dtype: torch.dtype) -> st
     return decision("attention kernels", f"{rows} x {context} tokens of a layer", seconds)
 
 
-def faster_head(model: ModelConfig, context: int) -> str:
+def faster_head(model: ModelConfig, context: int, dtype: torch.dtype) -> str:
     """Return the faster way for the head and what it copies, and say what was measured."""
     per_token = 6 * model.vocab_size * model.d_model
     tokens = min(MEASURED_TOKENS, max(LEAST_TOKENS, int(MEASURED_FLOPS / per_token)))
     rows = max(1, tokens // context)
-    seconds = measure_head((rows, context), model.vocab_size, model.d_model, model.copy_width)
+    seconds = measure_head((rows, context), model.vocab_size, model.d_model, model.copy_width, dtype)
     size = f"{model.vocab_size} entries at width {model.d_model}"
     return decision("head kernels", f"{rows} x {context} tokens, {size}", seconds)
 
@@ -152,17 +152,20 @@ def measure_attention(
 
 
 @cache
-def measure_head(shape: tuple[int, int], num_entries: int, width: int, copy_width: int) -> tuple[float, float]:
-    """Return the same for the loss of a head that reads (B, T, width), in fp32."""
+def measure_head(
+    shape: tuple[int, int], num_entries: int, width: int, copy_width: int, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Return the same for the loss of a head that reads (B, T, width), with products in a type."""
     hidden, weight = torch.ones(*shape, width, requires_grad=True), torch.zeros(num_entries, width, requires_grad=True)
     token_ids = torch.arange(shape[0] * shape[1]).view(shape) % num_entries
-    pair = torch.zeros(2, *shape, max(1, copy_width), requires_grad=True)
+    pair = torch.zeros(2, *shape, max(1, copy_width), dtype=dtype, requires_grad=True)
 
     def learn(by_kernels: bool) -> None:
         copied: Tensor | None = None
         if copy_width:
             copied = copy_sums(pair[0], pair[1], token_ids, token_ids, by_kernels=by_kernels)
-        loss = summed_head_loss(hidden, weight, token_ids, copied, by_kernels=by_kernels)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = summed_head_loss(hidden, weight, token_ids, copied, by_kernels=by_kernels)
         torch.autograd.grad(loss, (hidden, weight, *([pair] if copy_width else [])))
 
     return in_turn(learn)

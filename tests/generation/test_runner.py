@@ -70,7 +70,9 @@ def test_chunks_of_many_texts_give_the_logits_of_each_text_alone(
                 expected.append(logits[sequence.length if chunks[-1].all_logits else end - 1 : end])
         for found, wanted in zip(run(chunks, cache), expected, strict=True):
             assert found.shape == wanted.shape
-            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+            # What is copied is a power of a score, in which this score's rounding is a factor.
+            near = (3e-5 if model.config.copy_width else 1e-5) * float(wanted.abs().max())
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=near)
         for chunk in chunks:
             cache.advance(chunk.sequence, chunk.token_ids)
 

@@ -64,7 +64,7 @@ def test_the_faster_way_is_measured_said_and_used(tmp_path, train_in, monkeypatc
     assert f"attention kernels: {expected} (64 x 64 tokens of a layer" in said
     assert f"head kernels: {other} (64 x 64 tokens" in said
     entries = json.loads((run / "config.json").read_text())["model"]["vocab_size"]
-    assert asked == [((64, 64, 2, 2, 16), torch.float32, 0, 0, 0.1), ((64, 64), entries, 32, 0)]
+    assert asked == [((64, 64, 2, 2, 16), torch.float32, 0, 0, 0.1), ((64, 64), entries, 32, 0, torch.float32)]
 
 
 def test_heads_are_timed_with_few_tokens_of_large_vocabularies_and_in_a_likely_size_for_the_dial(monkeypatch):
@@ -76,15 +76,17 @@ def test_heads_are_timed_with_few_tokens_of_large_vocabularies_and_in_a_likely_s
     config = load_config(preset="nano", overrides=wanted | sizes)
     assert decided(config, CPU, steps=10**9) == ("on", "on")
     assert decided(config, CPU, steps=10**9, has_size=False) == ("on", "on")
-    assert asked == [((8, 64), 50304, 512, 16), ((64, 64), 4096, 128, 16)]
+    assert asked == [((8, 64), 50304, 512, 16, torch.float32), ((64, 64), 4096, 128, 16, torch.float32)]
 
 
-def test_both_ways_are_timed_in_turn(taken):
+def test_both_ways_are_timed_in_turn(taken, monkeypatch):
+    monkeypatch.setattr(kernels, "MEASURED_SECONDS", 60.0)  # compiling counts
     state = torch.get_rng_state()
     seconds = [
         *kernels.measure_attention.__wrapped__((2, 64, 2, 1, 16), torch.float32, 9, 0, 0.1),
-        *kernels.measure_head.__wrapped__((2, 64), 300, 32, 0),
-        *kernels.measure_head.__wrapped__((2, 64), 300, 32, 16),
+        *kernels.measure_head.__wrapped__((2, 64), 300, 32, 0, torch.float32),
+        *kernels.measure_head.__wrapped__((2, 64), 300, 32, 16, torch.float32),
+        *kernels.measure_head.__wrapped__((2, 64), 300, 32, 16, torch.bfloat16),  # its copies alone
     ]
     assert min(seconds) > 0
     assert [taken.count(what) for what in ("attention", "head")] == [1 + kernels.ROUNDS, 2 * (1 + kernels.ROUNDS)]
@@ -123,8 +125,10 @@ def test_long_runs_are_worth_it(monkeypatch):
     wanted = {key: value for key, value in SETTINGS.items() if key != "training.max_steps"}
     config = load_config(preset="nano", overrides=wanted | {"training.max_minutes": 10.0})
     assert decided(config, CPU, steps=None) == ("on", "on")
-    config = config.with_training(precision="bf16")
-    assert decided(config, CPU, steps=None) == ("on", "off")  # the head's are for fp32
+    config = load_config(preset="nano", overrides=wanted | {"training.max_minutes": 10.0, "training.precision": "bf16"})
+    assert decided(config, CPU, steps=None) == ("on", "off")  # the head's products are for fp32
+    copies = wanted | {"training.max_minutes": 10.0, "training.precision": "bf16", "model.copy_width": 16}
+    assert decided(load_config(preset="nano", overrides=copies), CPU, steps=None) == ("on", "on")
 
 
 @pytest.mark.parametrize("setting", kernels.SETTINGS)

@@ -3,9 +3,12 @@
 python benchmarks/attention.py
 """
 
+import os
 import time
 from collections.abc import Callable
 from functools import partial
+
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # before torch is imported, see `wait_politely`
 
 import torch
 from common import alternate, median, show

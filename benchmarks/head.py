@@ -3,8 +3,11 @@
 python benchmarks/head.py
 """
 
+import os
 import time
 from collections.abc import Callable
+
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # before torch is imported, see `wait_politely`
 
 import torch
 from common import alternate, median, show

@@ -174,13 +174,14 @@ def measure_head(
 def in_turn(learn: Callable[[bool], None]) -> tuple[float, float]:
     """Return the median seconds of a function with kernels and without."""
     times: dict[bool, list[float]] = {True: [], False: []}
+    for by_kernels in times:
+        learn(by_kernels)  # loads and compiles
     began = time.perf_counter()
-    for number in range(1 + ROUNDS):
-        if number > LEAST_ROUNDS and time.perf_counter() - began > MEASURED_SECONDS:
+    for number in range(ROUNDS):
+        if number >= LEAST_ROUNDS and time.perf_counter() - began > MEASURED_SECONDS:
             break
         for by_kernels, seconds in times.items():
             started = time.perf_counter()
             learn(by_kernels)
-            if number:  # the first loads and compiles
-                seconds.append(time.perf_counter() - started)
+            seconds.append(time.perf_counter() - started)
     return statistics.median(times[True]), statistics.median(times[False])

@@ -80,7 +80,7 @@ def test_heads_are_timed_with_few_tokens_of_large_vocabularies_and_in_a_likely_s
 
 
 def test_both_ways_are_timed_in_turn(taken, monkeypatch):
-    monkeypatch.setattr(kernels, "MEASURED_SECONDS", 60.0)  # compiling counts
+    monkeypatch.setattr(kernels, "MEASURED_SECONDS", 60.0)
     state = torch.get_rng_state()
     seconds = [
         *kernels.measure_attention.__wrapped__((2, 64, 2, 1, 16), torch.float32, 9, 0, 0.1),

@@ -1,6 +1,6 @@
 """The output head and its gradients in fp32 by compiled kernels (`head_kernels.py`), for some tokens at a time.
 
-Shape letters: n tokens, V entries, W of them with those that fill the last square, D width, P width of a panel.
+Shape letters: n tokens, V entries, W of them with those that fill the last block, D width, P width of a panel.
 """
 
 import torch

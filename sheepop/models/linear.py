@@ -106,7 +106,7 @@ def add_weight_gradient(total: Tensor, inputs: Tensor, gradient: Tensor, *, is_f
 
     The first one replaces what was there.
     """
-    by_onednn = prefers_onednn(inputs.t(), gradient.t())
+    by_onednn = prefers_onednn(inputs.t(), gradient.t()) and (HAS_AVX512 or total.numel() <= MOST_AT_ONCE)
     if inputs.dtype == total.dtype and not by_onednn:
         torch.addmm(total, gradient.t(), inputs, beta=0.0 if is_first else 1.0, out=total)
         return

@@ -27,7 +27,7 @@ from sheepop.models.squares import (
     turn,
     write_head,
 )
-from sheepop.models.vector_exp import LOWEST, ONE, exp_fp32
+from sheepop.models.vector_exp import IN_ANY_ORDER, NOTHING, ONE, power
 from sheepop.models.vectors import LANES
 
 Floats = NDArray[np.float32]
@@ -35,13 +35,12 @@ Integers = NDArray[np.int64]
 Numbers = NDArray[Any]  # fp32, or the 16 bits of bf16
 Items = NDArray[Any]  # fp32, or pairs of bf16 in 32 bits
 
-NOTHING, HIDDEN = np.float32(0), np.float32(-1e30)
+HIDDEN = np.float32(-1e30)
 UNSEEN, PARTLY, WHOLE = 0, 1, 2
 ODD = np.uint32(0x9E3779B1)  # the golden ratio's fraction: neighbours become far apart
 MIX_1, MIX_2 = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)  # of MurmurHash3's last step
 SHIFT_1, SHIFT_2 = np.uint32(16), np.uint32(13)
 SIXTEEN, LOWER_HALF, UPPER_HALF = np.int32(16), np.int32(0xFFFF), np.int32(-0x10000)
-IN_ANY_ORDER = {"contract", "reassoc", "nsz"}
 
 
 def items_for(dtype: torch.dtype, width: int) -> Items:
@@ -334,12 +333,6 @@ def soften(scores: Floats, scale: np.float32, most: Floats, total: Floats, mixed
             scores[i, j] = power(scores[i, j] * scale - base)
             added += scores[i, j]
         total[i] += added
-
-
-@njit(fastmath={"contract"}, inline="always", cache=True)
-def power(x: np.float32) -> np.float32:
-    """Return e to the power of x, at most 1, or nothing where that is next to nothing; NaN stays."""
-    return NOTHING if x <= LOWEST else exp_fp32(x)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=IN_ANY_ORDER, cache=True)

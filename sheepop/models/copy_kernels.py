@@ -10,16 +10,14 @@ from numpy.typing import NDArray
 
 from sheepop.models.attention_kernels import (
     HIDDEN,
-    IN_ANY_ORDER,
-    NOTHING,
     PARTLY,
     UNSEEN,
     new_square,
-    power,
     sight_of,
     turn_squares,
 )
 from sheepop.models.squares import SIDE, add_product, largest_of
+from sheepop.models.vector_exp import IN_ANY_ORDER, NOTHING, power
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sheepop.models.rounding_kernels import SIXTEEN, round_to_bf16
 from sheepop.models.squares import SIDE, add_panels, largest_of, turn
-from sheepop.models.vector_exp import LOWEST, ONE, exp_fp32
+from sheepop.models.vector_exp import IN_ANY_ORDER, LOWEST, NOTHING, ONE, exp_fp32, power
 from sheepop.models.vectors import LINE
 from sheepop.utils.threads import on_all_threads
 
@@ -25,8 +25,7 @@ Integers = NDArray[np.int64]
 
 TOKENS, ENTRIES = 128, 256  # of a block
 FAR = np.float32(40)
-NOTHING, HIDDEN = np.float32(0), np.float32(-3e38)
-IN_ANY_ORDER = {"reassoc", "contract", "nsz"}  # which becomes vectors; infinities and NaN are kept, and noticed
+HIDDEN = np.float32(-3e38)
 QUIET_NAN = np.uint16(0x7FC0)
 # The bits of fp32 numbers, read as integers, are in their order, once those of negative ones are turned round but for
 # the sign. The largest of integers is found by vectors; that of numbers, for the sake of NaN, is not.
@@ -140,9 +139,9 @@ def find_powers(
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def rescale(powers: Floats, total: Floats, power: np.float32) -> None:
+def rescale(powers: Floats, total: Floats, exponent: np.float32) -> None:
     """Multiply powers and their sum by a power of e."""
-    factor = NOTHING if power <= LOWEST else np.exp(power)
+    factor = NOTHING if exponent <= LOWEST else np.exp(exponent)
     powers *= factor
     total *= factor
 
@@ -152,8 +151,7 @@ def soften(scores: Floats, total: Floats, base: np.float32) -> None:
     """Turn the scores of a token into powers of e, over a base, and add them to their sum."""
     added = NOTHING
     for j in range(len(scores)):
-        x = scores[j] - base
-        scores[j] = NOTHING if x <= LOWEST else exp_fp32(x)
+        scores[j] = power(scores[j] - base)
         added += scores[j]
     total[0] += added
 

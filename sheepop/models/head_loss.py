@@ -102,7 +102,8 @@ class HeadLoss(torch.autograd.Function):
                 head.find_hidden_gradient(hidden_gradient[here])
             if wants_weight:
                 head.add_weight_gradient(is_first=start == 0)
-        ctx.save_for_backward(hidden_gradient, head.weight_gradient, copied_gradient)
+        weight_gradient = head.weight_gradient if wants_weight else None
+        ctx.save_for_backward(hidden_gradient, weight_gradient, copied_gradient)
         return loss
 
     @staticmethod

@@ -14,7 +14,8 @@ SHIFT = np.float32(1.5 * 2**23)  # with this added, a number's last bits are the
 LN2_UPPER = np.float32(math.ldexp(round(math.ldexp(math.log(2), 12)), -12))  # times an integer exact
 LN2_LOWER = np.float32(math.log(2) - float(LN2_UPPER))
 C2, C3, C4, C5, C6, C7 = (np.float32(1 / math.factorial(power)) for power in range(2, 8))
-ONE = np.float32(1)
+NOTHING, ONE = np.float32(0), np.float32(1)
+IN_ANY_ORDER = {"contract", "reassoc", "nsz"}  # sums become vectors; infinities and NaN are kept, and noticed
 
 
 @intrinsic
@@ -37,3 +38,9 @@ def exp_fp32(x: Any) -> Any:
     power = shifted - SHIFT
     x = x - power * LN2_UPPER - power * LN2_LOWER  # from -ln(2)/2 to ln(2)/2
     return (((((((C7 * x + C6) * x + C5) * x + C4) * x + C3) * x + C2) * x + ONE) * x + ONE) * power_of_two(shifted)
+
+
+@njit(fastmath={"contract"}, inline="always", cache=True)
+def power(x: np.float32) -> np.float32:
+    """Return e to the power of x, at most 1, or nothing where that is next to nothing; NaN stays."""
+    return NOTHING if x <= LOWEST else exp_fp32(x)

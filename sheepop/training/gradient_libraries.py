@@ -45,8 +45,8 @@ def decide_gradient_libraries(run: Run) -> None:
     """Settle `training.weight_gradients` and `hidden_gradients`: measure what is open and matters, tell the layers."""
     training = run.config.training
     is_open = [name for name in WAYS if getattr(training, name) == "auto"]
-    decided = on_main(run.world, lambda: choose(run, is_open))
-    run.config = run.config.with_training(**decided)
+    if is_open:
+        run.config = run.config.with_training(**on_main(run.world, lambda: choose(run, is_open)))
     make_gradients_by({name: getattr(run.config.training, name) for name in WAYS}, run.model)
 
 

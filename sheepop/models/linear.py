@@ -106,7 +106,7 @@ def add_weight_gradient(total: Tensor, inputs: Tensor, gradient: Tensor, *, is_f
 
     The first one replaces what was there.
     """
-    by_onednn = prefers_onednn(inputs.t(), gradient.t()) and (HAS_AVX512 or total.numel() <= MOST_AT_ONCE)
+    by_onednn = prefers_onednn(inputs.t(), gradient.t()) and total.numel() <= MOST_AT_ONCE
     if inputs.dtype == total.dtype and not by_onednn:
         torch.addmm(total, gradient.t(), inputs, beta=0.0 if is_first else 1.0, out=total)
         return
@@ -127,14 +127,14 @@ def parts_of(result: Tensor) -> Iterator[slice]:
 
 def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return left (..., I) times the transpose of right (O, I), plus a bias (O,)."""
-    right = right if HAS_AVX512 or is_dense(right) else right.contiguous()
+    right = right if is_dense(right) else right.contiguous()
     return (opaque_product if torch.compiler.is_compiling() else eager_product)(left, right, bias)
 
 
 def is_dense(matrix: Tensor) -> bool:
     """Say whether rows or columns follow each other without gaps.
 
-    Without AVX-512 oneDNN has fast code for such a right factor alone; another takes a thousand times as long.
+    oneDNN has fast code for such a right factor alone; another takes a thousand times as long.
     """
     return matrix.is_contiguous() or matrix.t().is_contiguous()
 
@@ -157,7 +157,7 @@ def shape_of_product(left: Tensor, right: Tensor, _bias: Tensor | None) -> Tenso
 def weight_gradient_by_onednn(inputs: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradient (O, I) of a weight for inputs (N, I) and the gradient (N, O) of what came out."""
     # The left one is copied, turned, which takes a fifth of the time; so would a right one be that has gaps.
-    if inputs.shape[1] < gradient.shape[1] and (HAS_AVX512 or is_dense(gradient)):
+    if inputs.shape[1] < gradient.shape[1] and is_dense(gradient):
         return onednn_product(inputs.t(), gradient.t()).t()
     return onednn_product(gradient.t(), inputs.t())
 

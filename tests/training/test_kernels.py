@@ -72,7 +72,7 @@ def test_heads_are_timed_with_few_tokens_of_large_vocabularies_and_in_a_likely_s
     monkeypatch.setattr(kernels, "measure_head", lambda *given: asked.append(given) or (1.0, 2.0))
     monkeypatch.setattr(kernels, "measure_attention", lambda *given: (1.0, 2.0))
     wanted = {key: value for key, value in SETTINGS.items() if key != "training.max_steps"}
-    sizes = {"model.vocab_size": 50304, "model.d_model": 512, "model.copy_width": 16}
+    sizes = {"model.vocab_size": 50304, "model.d_model": 512, "model.copy_width": 16, "training.precision": "fp32"}
     config = load_config(preset="nano", overrides=wanted | sizes)
     assert decided(config, CPU, steps=10**9) == ("on", "on")
     assert decided(config, CPU, steps=10**9, has_size=False) == ("on", "on")

@@ -1,3 +1,4 @@
+import importlib
 import os
 import shutil
 import tempfile
@@ -63,6 +64,12 @@ def compiler(inductor_folder: None) -> None:
     missing = missing_compiler(torch.device("cpu"))
     if missing:
         pytest.skip(f"needs a compiler: {missing}")
+
+
+@pytest.fixture
+def replaces_functions_of_pytorch() -> None:
+    """PyTorch's compiler notes, when it is imported, which functions it knows: for good, so that it comes first."""
+    importlib.import_module("torch._dynamo")
 
 
 @pytest.fixture

@@ -119,6 +119,7 @@ def test_a_signal_saves_what_was_made_and_the_run_goes_on_as_it_was(tmp_path, tr
     assert read_lines(straight / "metrics.jsonl") == read_lines(tmp_path / "run/metrics.jsonl")
 
 
+@pytest.mark.usefixtures("replaces_functions_of_pytorch")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
     "model",

@@ -20,6 +20,7 @@ from sheepop.models.linear import Linear
 from sheepop.models.optimized_attention import optimized_attention
 from sheepop.models.positions import apply_rotary
 from sheepop.models.short_convolution import ShortConvolution
+from sheepop.models.splitting import split
 from sheepop.models.taps import Tap, untapped
 
 ATTENTION: dict[str, Callable[..., Tensor]] = {"reference": attention, "optimized": optimized_attention}
@@ -97,14 +98,14 @@ class MultiHeadAttention(nn.Module):
         H, K = self.num_heads, self.num_kv_heads
         tap = context.tap
         projected = self.query_key_value(hidden).view(batch, time, H + 2 * K, self.head_dim)  # (B, T, H+2K, C)
-        query_key, value = tap("attention.projected", projected).split((H + K, K), dim=2)  # type: ignore[no-untyped-call]
+        query_key, value = split(tap("attention.projected", projected), (H + K, K), dim=2)
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = query_key.split((H, K), dim=2)
+            query, key = query_key.split((H, K), dim=2)  # type: ignore[no-untyped-call]
             query_key = torch.cat((self.query_norm(query), self.key_norm(key)), dim=2)
         if context.rotary is not None:
             query_key = tap("attention.before_rotary", query_key)  # (B, T, H+K, C)
             query_key = apply_rotary(query_key, context.rotary)  # queries and keys turn together: half the calls
-        query, key = query_key.transpose(1, 2).split((H, K), dim=1)  # (B, H, T, C) and (B, K, T, C)
+        query, key = split(query_key.transpose(1, 2), (H, K), dim=1)  # (B, H, T, C) and (B, K, T, C)
         value = value.transpose(1, 2)  # (B, K, T, C)
         query, key, value = tap("attention.query", query), tap("attention.key", key), tap("attention.value", value)
         if context.cache is not None:

@@ -82,8 +82,8 @@ class KernelAttention(torch.autograd.Function):
         """Return the gradients of query, key and value for the gradient (B, H, T, C) of what came out."""
         query, key, value, starts, mixed, logs, seed = ctx.saved_tensors
         function = opaque_backward if torch.compiler.is_compiling() else backward_by_kernels
-        gradients = function(gradient, query, key, value, ctx.window, ctx.sinks, starts, ctx.dropout, mixed, logs, seed)
-        return *gradients, None, None, None, None
+        whole = function(gradient, query, key, value, ctx.window, ctx.sinks, starts, ctx.dropout, mixed, logs, seed)
+        return *parts_of(whole, query, key), None, None, None, None
 
 
 def forward_by_kernels(
@@ -117,22 +117,28 @@ def backward_by_kernels(
     mixed: Tensor,
     logs: Tensor,
     seed: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value."""
+) -> Tensor:
+    """Return the gradients of query, key and value side by side (B, T, H+2K, C), as they are projected together."""
     from sheepop.models.attention_kernels import find_gradients, items_for  # numba
 
     (B, H, T, C), K = query.shape, key.shape[1]
+    whole = query.new_empty(B, T, H + 2 * K, C)
+    of_query, *of_shared = parts_of(whole, query, key)
     # Of keys that several heads share, each head's own come out, and are added up in fp32.
-    dtypes = query.dtype, *2 * [query.dtype if H == K else torch.float32]
-    gradients = [query.new_empty(B, T, H, C, dtype=dtype).transpose(1, 2) for dtype in dtypes]
-    tensors = gradient, query, key, value, starts_of(query, starts), mixed, logs, *gradients
+    of_each = of_shared if H == K else [torch.empty(B, T, H, C).transpose(1, 2) for _ in of_shared]
+    tensors = gradient, query, key, value, starts_of(query, starts), mixed, logs, of_query, *of_each
     arrays, options = [*map(array_of, tensors), items_for(query.dtype, C)], (window, sinks, dropout, seed.item())
     on_all_threads(lambda part: find_gradients(*arrays, part.start, part.stop, *options), rows=B * H)
-    if H == K:
-        return gradients[0], gradients[1], gradients[2]
-    each_by_key = (each.transpose(1, 2).view(B, T, K, H // K, C) for each in gradients[1:])
-    of_key, of_value = (each.sum(3).to(query.dtype).transpose(1, 2) for each in each_by_key)
-    return gradients[0], of_key, of_value
+    if H != K:
+        for total, each in zip(of_shared, of_each, strict=True):
+            total.copy_(each.unflatten(1, (K, H // K)).sum(2))  # type: ignore[no-untyped-call]
+    return whole
+
+
+def parts_of(whole: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    """Return what (B, T, H+2K, C) holds of queries (B, H, T, C), keys and values (B, K, T, C)."""
+    H, K = query.shape[1], key.shape[1]
+    return whole.transpose(1, 2).split((H, K, K), dim=1)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def starts_of(query: Tensor, starts: Tensor | None) -> Tensor:
@@ -176,8 +182,7 @@ def shapes_of_backward(
     _mixed: Tensor,
     _logs: Tensor,
     _seed: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what has the shapes, types and layouts of what `backward_by_kernels` returns, for the compiler."""
+) -> Tensor:
+    """Return what has the shape, type and layout of what `backward_by_kernels` returns, for the compiler."""
     (B, H, T, C), K = query.shape, key.shape[1]
-    of_query, of_key, of_value = (query.new_empty(B, T, heads, C).transpose(1, 2) for heads in (H, K, K))
-    return of_query, of_key, of_value
+    return query.new_empty(B, T, H + 2 * K, C)

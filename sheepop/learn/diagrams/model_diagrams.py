@@ -69,7 +69,7 @@ def _draw(trace: ForwardTrace, root: str, *, opened: set[str], passed: frozenset
         depth = next((place for place, call in enumerate(operation.calls) if call.module == root), None)
         if depth is None:
             continue
-        calls = operation.calls[depth:]
+        calls = tuple(call for call in operation.calls[depth:] if call.owner not in PARTS)  # they say no more
         inside = 0
         while inside < len(calls) and calls[inside].owner in opened:
             inside += 1

@@ -24,7 +24,7 @@ from sheepop.training.speed import precision_of
 from sheepop.training.state import Run
 from sheepop.utils.errors import ConfigError
 from sheepop.utils.logging import log
-from sheepop.utils.runtime import has_numba
+from sheepop.utils.runtime import has_numba, load_numba_alone
 
 # The kernels take some ten seconds to compile where that was never done, else half a second to load, and save some 5 to
 # 15 of 100 seconds (`docs/log.md`, 2026-12-01).
@@ -49,8 +49,10 @@ def decide_kernels(run: Run) -> None:
         ConfigError: `on` without numba.
     """
     decided = on_main(run.world, lambda: use_of_kernels(run.config, run.model.device, steps=steps_left(run)))
-    run.config = decided
-    run.model.learn_by_kernels(**by_kernels(decided))
+    run.config, kernels = decided, by_kernels(decided)
+    if any(kernels.values()):
+        load_numba_alone()
+    run.model.learn_by_kernels(**kernels)
 
 
 def by_kernels(config: Config) -> dict[str, bool]:
@@ -173,6 +175,7 @@ def measure_head(
 
 def in_turn(learn: Callable[[bool], None]) -> tuple[float, float]:
     """Return the median seconds of a function with kernels and without."""
+    load_numba_alone()
     times: dict[bool, list[float]] = {True: [], False: []}
     for by_kernels in times:
         learn(by_kernels)  # loads and compiles

@@ -3,6 +3,7 @@
 import atexit
 import ctypes
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -67,14 +68,17 @@ def has_numba() -> bool:
 
 
 def load_numba_alone() -> None:
-    """Let numba begin without what other packages add to it, of which our kernels use nothing.
+    """Let numba begin without what packages that are not loaded add to it, of which our kernels use nothing.
 
-    awkward, which the fast engine of tokenizers brings along, takes a quarter of a second to add what it has. This is
-    for a process that is ours alone: whatever else it compiled would lack these additions, too.
+    awkward, which the fast engine of tokenizers brings along, takes a second and 50 MiB or more to be loaded for that.
+    A process that uses such a package itself keeps its additions.
     """
-    if has_numba():
-        from numba.core import entrypoints
+    if not has_numba():
+        return
+    from numba.core import entrypoints
 
+    additions = importlib.metadata.entry_points(group="numba_extensions")
+    if not any(addition.module.partition(".")[0] in sys.modules for addition in additions):
         entrypoints._already_initialized = True
 
 

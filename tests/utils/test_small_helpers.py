@@ -1,4 +1,7 @@
 import itertools
+import os
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -123,3 +126,34 @@ def test_the_start_of_the_process_is_known_and_stays():
     began = perf_counter_at_start()
     assert began < time.perf_counter()
     assert perf_counter_at_start() == pytest.approx(began, abs=0.5)
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_numba_begins_without_what_packages_add_that_are_not_loaded(tmp_path, is_loaded):
+    pytest.importorskip("numba")
+    (tmp_path / "addition").mkdir()
+    (tmp_path / "addition/__init__.py").write_text("def begin():\n    print('added')\n")
+    (tmp_path / "addition-1.dist-info").mkdir()
+    (tmp_path / "addition-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: addition\nVersion: 1\n")
+    entry_points = "[numba_extensions]\ninit = addition:begin\n"
+    (tmp_path / "addition-1.dist-info/entry_points.txt").write_text(entry_points)
+    script = f"""
+{"import addition" if is_loaded else ""}
+from sheepop.utils.runtime import load_numba_alone
+load_numba_alone()
+import numba, sys
+print(numba.njit(lambda number: number + 1)(1), "awkward" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert ("added" in lines) == is_loaded
+    assert lines[-1].startswith("2 ")
+    if not is_loaded:
+        assert lines == ["2 False"]

@@ -18,7 +18,8 @@ from sheepop.utils.runtime import has_numba
 # the calls do not count. Large ones: each chunk reads and writes the weight's whole gradient, which so many rows repay
 # (512 rows took as long as 1,024 and 2,048, 256 rows a tenth longer, 128 a quarter: `docs/log.md`).
 LOGITS_AT_ONCE = 2**22
-LEAST_ROWS = {"cpu": 512}
+# Of few rows the weight's gradient is added up more often, which for a large vocabulary counts for least.
+LEAST_ROWS, LEAST_OF_MANY_LOGITS, MANY_LOGITS = 512, 256, 2**24
 LEAST_ROWS_ELSEWHERE = 4096  # a GPU needs more rows to be busy; an estimate, not measured
 LEAST_LOG_SCALE = -60.0  # what is divided by it stays a number, and so little is nothing
 KERNEL_FROM = 2**19  # logits, of which PyTorch's operators take two thirds of a millisecond
@@ -26,7 +27,10 @@ KERNEL_FROM = 2**19  # logits, of which PyTorch's operators take two thirds of a
 
 def rows_at_once(vocab_size: int, device_type: str) -> int:
     """Return of how many tokens the logits exist at one time."""
-    return max(LOGITS_AT_ONCE // vocab_size, LEAST_ROWS.get(device_type, LEAST_ROWS_ELSEWHERE))
+    least = LEAST_ROWS_ELSEWHERE
+    if device_type == "cpu":
+        least = LEAST_ROWS if LEAST_ROWS * vocab_size <= MANY_LOGITS else LEAST_OF_MANY_LOGITS
+    return max(LOGITS_AT_ONCE // vocab_size, least)
 
 
 def has_kernel(logits: Tensor) -> bool:

@@ -61,6 +61,13 @@ def test_loss_and_gradients_are_those_of_the_reference_however_the_rows_are_cut(
         assert_near(ours, reference.float(), 1e-6, of)
 
 
+@pytest.mark.parametrize(
+    ("vocab", "rows", "rows_elsewhere"), [(1000, 4194, 4194), (8192, 512, 4096), (32768, 512, 4096), (32769, 256, 4096)]
+)
+def test_few_tokens_have_their_logits_at_a_time(vocab, rows, rows_elsewhere):
+    assert (rows_at_once(vocab, "cpu"), rows_at_once(vocab, "cuda")) == (rows, rows_elsewhere)
+
+
 @pytest.mark.parametrize(("vocab", "chunks"), [(65, 1), (768, 1), (9001, 3)])
 def test_real_sizes(vocab, chunks):
     hidden, weight, targets = case(3, 401, 24, vocab)

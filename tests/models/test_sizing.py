@@ -159,12 +159,12 @@ def test_the_peak_has_activations_or_gradients_but_not_both_unless_gradients_are
 def test_the_logits_are_those_of_a_chunk():
     config = load_config(preset="gpt2").model
     head = 4 * 768 * (50257 + 8 * 1024)
-    assert logits_bytes(config, batch_size=8, context=1024) == 4 * 512 * 50257 + head
+    assert logits_bytes(config, batch_size=8, context=1024) == 4 * 256 * 50257 + head
     assert logits_bytes(config, batch_size=8, context=1024, on_gpu=True) == 2 * 4 * 4096 * 50257 + head
     mixed = logits_bytes(config, batch_size=8, context=1024, bytes_per_number=2)
-    assert mixed == (4 + 2) * 512 * 50257 + head + 2 * 2**22
+    assert mixed == (4 + 2) * 256 * 50257 + head + 2 * 2**22
     by_kernels = logits_bytes(config, batch_size=8, context=1024, by_kernels=True)
-    assert by_kernels == 4 * 512 * 50257 + head + 2 * 4 * 768 * 50257
+    assert by_kernels == 4 * 256 * 50257 + head + 2 * 4 * 768 * 50257
     assert mixed == logits_bytes(config, batch_size=8, context=1024, bytes_per_number=2, by_kernels=True)
 
 

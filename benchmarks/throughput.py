@@ -104,7 +104,8 @@ class Task:
             "positions": "learned",
             "dropout": 0.0,
         }
-        return load_config(overrides={f"model.{key}": value for key, value in settings.items()})
+        overrides: dict[str, object] = {f"model.{key}": value for key, value in settings.items()}
+        return load_config(overrides=overrides | {"training.precision": self.precision.name})
 
 
 def task_of(size: str, way: str, options: argparse.Namespace) -> Task:

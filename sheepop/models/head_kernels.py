@@ -2,10 +2,11 @@
 
 Of bf16, logits become the gradient of the loss where they lie. PyTorch's operators turn them into a copy of twice the
 size, pass over that five times, and turn it back; here a row becomes fp32 in a near cache only, of which nothing but
-the result is written to memory. In fp32 the products are made here, too, in blocks of 128 tokens by 256 entries, whose
-logits are still in a cache when they become powers of e.
-Shape letters: N tokens, a multiple of 128, V entries, W of them with those that fill the last block, D width, P width
-of a panel.
+the result is written to memory. In fp32 the products are made here, too, in blocks of 256 entries by 128 tokens, whose
+logits are still in a cache when they become powers of e. Entries come first, so that every product reads the weight as
+it lies, and none a copy in another order.
+Shape letters: N tokens, a multiple of 128, V entries, L of them in the last block, if that is not a whole one, rounded
+up to a multiple of 4, D width, P width of a panel.
 """
 
 import numpy as np
@@ -15,9 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sheepop.models.rounding_kernels import SIXTEEN, round_to_bf16
-from sheepop.models.squares import SIDE, add_panels, largest_of, turn
+from sheepop.models.squares import PANEL, add_panels
 from sheepop.models.vector_exp import IN_ANY_ORDER, LOWEST, NOTHING, ONE, exp_fp32, power
-from sheepop.models.vectors import LINE
 from sheepop.utils.threads import on_all_threads
 
 Floats = NDArray[np.float32]
@@ -83,24 +83,20 @@ def fill_errors(logits: NDArray[np.uint16], targets: Integers, losses: Floats) -
 
 
 def new_powers(tokens: int, entries: int) -> Tensor:
-    """Return memory for the powers of at least so many tokens and entries, in blocks (N / 128, W / 256, 128, 272).
-
-    What is beyond the 256th of a row keeps the numbers of a column, which are read, too, from meeting in few sets of a
-    cache.
-    """
-    return torch.empty(-(-tokens // TOKENS), -(-entries // ENTRIES), TOKENS, ENTRIES + LINE // 4)
+    """Return memory for the powers of at least so many tokens and entries: blocks of both, each (256, 128)."""
+    return torch.empty(-(-tokens // TOKENS), -(-entries // ENTRIES), ENTRIES, TOKENS)
 
 
-@njit(nogil=True, fastmath=IN_ANY_ORDER, error_model="numpy", cache=True)
+@njit(nogil=True, error_model="numpy", cache=True)
 def find_powers(
     inputs: Floats,
-    entries: Floats,
+    weight: Floats,
+    last: Floats,
     targets: Integers,
     powers: Floats,
     scores: Floats,
     bases: Floats,
     totals: Floats,
-    num_entries: int,
     begin: int,
     end: int,
 ) -> None:
@@ -110,32 +106,47 @@ def find_powers(
     would come near to the largest number: then what was made before is changed. So each block is in a near cache still.
 
     Args:
-        inputs: (N, D), what the head reads.
-        entries: (W / P, D, P), its weight, turned.
+        inputs: (N / 128, 128 / P, D, P), what the head reads, turned.
+        weight, last: (V, D), and (L, D), its rows in the last block if that is not a whole one.
         targets: (N,), 0 to V - 1.
-        powers: what `new_powers` returns, comes out, zero for what is no entry.
+        powers: what `new_powers` returns, comes out.
         scores, bases, totals: (N,), the logit of each target, the base, and the sum of the powers come out.
-        num_entries: V.
     """
-    panels = len(entries) // powers.shape[1]  # of a block
-    for t in range(begin, end):
-        here = slice(t * TOKENS, (t + 1) * TOKENS)
-        base, total, wanted = bases[here], totals[here], targets[here]
-        base[:], total[:] = HIDDEN, NOTHING
-        for v in range(powers.shape[1]):
-            block = powers[t, v]
-            add_panels(inputs[here], entries[v * panels : (v + 1) * panels], block, True)
-            block[:, max(0, num_entries - v * ENTRIES) : ENTRIES] = HIDDEN
+    bases[begin * TOKENS : end * TOKENS], totals[begin * TOKENS : end * TOKENS] = HIDDEN, NOTHING
+    largest = np.empty(TOKENS, dtype=np.float32)
+    for v in range(powers.shape[1]):
+        entries = entries_of(weight, last, v)
+        for t in range(begin, end):
+            here = slice(t * TOKENS, (t + 1) * TOKENS)
+            base, total, wanted = bases[here], totals[here], targets[here]
+            block = powers[t, v, : len(entries)]
+            add_panels(entries, inputs[t], block, True)
+            block[len(weight) - v * ENTRIES :] = HIDDEN
             for i in range(TOKENS):
                 if v * ENTRIES <= wanted[i] < (v + 1) * ENTRIES:
-                    scores[t * TOKENS + i] = block[i, wanted[i] % ENTRIES]
-                largest = HIDDEN
-                for first in range(0, ENTRIES, SIDE):
-                    largest = max(largest, largest_of(block[:, first : first + SIDE], i))
-                if largest > base[i] + FAR:
-                    rescale(powers[t, :v, i, :ENTRIES], total[i : i + 1], base[i] - largest)
-                    base[i] = largest
-                soften(block[i, :ENTRIES], total[i : i + 1], base[i])
+                    scores[t * TOKENS + i] = block[wanted[i] % ENTRIES, i]
+            find_largest(block, largest)
+            for i in range(TOKENS):
+                if largest[i] > base[i] + FAR:
+                    rescale(powers[t, :v, :, i], total[i : i + 1], base[i] - largest[i])
+                    base[i] = largest[i]
+            soften(block, base, total)
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def entries_of(rows: Floats, last: Floats, v: int) -> Floats:
+    """Return the rows of a block of entries, whose last ones lie in `last` if they fill no block."""
+    return rows[v * ENTRIES : (v + 1) * ENTRIES] if (v + 1) * ENTRIES <= len(rows) else last
+
+
+@njit(nogil=True, fastmath=IN_ANY_ORDER, error_model="numpy", cache=True)
+def find_largest(scores: Floats, largest: Floats) -> None:
+    """Set the largest (128,) of a block of scores (n, 128) for each token, which is not NaN unless all are."""
+    largest[:] = HIDDEN
+    for v in range(len(scores)):
+        for i in range(TOKENS):
+            score = scores[v, i]
+            largest[i] = score if score > largest[i] else largest[i]
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -147,50 +158,48 @@ def rescale(powers: Floats, total: Floats, exponent: np.float32) -> None:
 
 
 @njit(nogil=True, fastmath=IN_ANY_ORDER, error_model="numpy", cache=True)
-def soften(scores: Floats, total: Floats, base: np.float32) -> None:
-    """Turn the scores of a token into powers of e, over a base, and add them to their sum."""
-    added = NOTHING
-    for j in range(len(scores)):
-        scores[j] = power(scores[j] - base)
-        added += scores[j]
-    total[0] += added
+def soften(scores: Floats, base: Floats, total: Floats) -> None:
+    """Turn a block of scores (n, 128) into powers of e, over a base of each token, and add them to their sums."""
+    for v in range(len(scores)):
+        for i in range(TOKENS):
+            scores[v, i] = power(scores[v, i] - base[i])
+            total[i] += scores[v, i]
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def find_hidden_gradient(
-    powers: Floats, entries: Floats, factors: Floats, gradient: Floats, begin: int, end: int
+    powers: Floats, weight: Floats, last: Floats, factors: Floats, gradient: Floats, begin: int, end: int
 ) -> None:
     """Set the gradient (N, D) of what the head read, for blocks of tokens from `begin` to `end`.
 
     Args:
         powers: those of `find_powers`, that of each target less what makes it an error.
-        entries: (D / P, W, P), the head's weight.
+        weight, last: as of `find_powers`.
         factors: (N,), times which powers are the gradients of the logits.
     """
-    for t in range(begin, end):
-        here = gradient[t * TOKENS : (t + 1) * TOKENS]
-        for v in range(powers.shape[1]):
-            add_panels(powers[t, v], entries[:, v * ENTRIES : (v + 1) * ENTRIES], here, v == 0)
-        for i in range(TOKENS):
-            factor = factors[t * TOKENS + i]
-            for d in range(here.shape[1]):
-                here[i, d] *= factor
+    for v in range(powers.shape[1]):
+        entries = entries_of(weight, last, v)
+        panels = entries.reshape(len(entries), -1, PANEL).transpose(1, 0, 2)  # a view, here as fast as a copy
+        for t in range(begin, end):
+            here = gradient[t * TOKENS : (t + 1) * TOKENS]
+            add_panels(powers[t, v, : len(entries)].T, panels, here, v == 0)
+    for i in range(begin * TOKENS, end * TOKENS):
+        gradient[i] *= factors[i]
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def add_to_weight_gradient(
-    powers: Floats, inputs: Floats, gradient: Floats, is_first: bool, begin: int, end: int
+    powers: Floats, inputs: Floats, gradient: Floats, last: Floats, is_first: bool, begin: int, end: int
 ) -> None:
-    """Add to the gradient (W, D) of the head's weight, or set it if it is the first, for blocks of entries.
+    """Add to the gradient (V, D) of the head's weight, or set it if it is the first, for blocks of entries.
 
     Args:
         powers: as of `find_hidden_gradient`.
         inputs: (D / P, N, P), what the head read, times the factors of the tokens.
+        last: (L, D), the gradient's rows in the last block if that is not a whole one.
     """
-    turned = np.empty((ENTRIES, TOKENS + LINE // 4), dtype=np.float32)
     for v in range(begin, end):
-        here = gradient[v * ENTRIES : (v + 1) * ENTRIES]
+        here = entries_of(gradient, last, v)
         for t in range(len(powers)):
-            for first in range(0, TOKENS, SIDE):
-                turn(powers[t, v, first : first + SIDE, :ENTRIES], turned[:, first : first + SIDE])
-            add_panels(turned, inputs[:, t * TOKENS : (t + 1) * TOKENS], here, is_first and t == 0)
+            tokens = inputs[:, t * TOKENS : (t + 1) * TOKENS]
+            add_panels(powers[t, v, : len(here)], tokens, here, is_first and t == 0)

@@ -18,18 +18,19 @@ from sheepop.utils.runtime import has_numba
 # the calls do not count. Large ones: each chunk reads and writes the weight's whole gradient, which so many rows repay
 # (512 rows took as long as 1,024 and 2,048, 256 rows a tenth longer, 128 a quarter: `docs/log.md`).
 LOGITS_AT_ONCE = 2**22
-# Of few rows the weight's gradient is added up more often, which for a large vocabulary counts for least.
+# Of few rows the weight's gradient is added up more often, which operators do for many logits at little cost.
 LEAST_ROWS, LEAST_OF_MANY_LOGITS, MANY_LOGITS = 512, 256, 2**24
 LEAST_ROWS_ELSEWHERE = 4096  # a GPU needs more rows to be busy; an estimate, not measured
 LEAST_LOG_SCALE = -60.0  # what is divided by it stays a number, and so little is nothing
 KERNEL_FROM = 2**19  # logits, of which PyTorch's operators take two thirds of a millisecond
 
 
-def rows_at_once(vocab_size: int, device_type: str) -> int:
-    """Return of how many tokens the logits exist at one time."""
+def rows_at_once(vocab_size: int, device_type: str, *, by_kernels: bool = False) -> int:
+    """Return of how many tokens the logits exist at one time; of kernels those for fp32 are meant."""
     least = LEAST_ROWS_ELSEWHERE
     if device_type == "cpu":
-        least = LEAST_ROWS if LEAST_ROWS * vocab_size <= MANY_LOGITS else LEAST_OF_MANY_LOGITS
+        is_little = by_kernels or LEAST_ROWS * vocab_size <= MANY_LOGITS
+        least = LEAST_ROWS if is_little else LEAST_OF_MANY_LOGITS
     return max(LOGITS_AT_ONCE // vocab_size, least)
 
 
@@ -81,9 +82,10 @@ class HeadLoss(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
         copied_gradient = None if copied is None else torch.empty_like(copied)
-        rows = min(len(hidden), rows_at_once(len(weight), hidden.device.type))
+        by_kernels = by_kernels and (wants_hidden or wants_weight) and learns_by_kernels(weight, dtype)
+        rows = min(len(hidden), rows_at_once(len(weight), hidden.device.type, by_kernels=by_kernels))
         head: KernelHead | OperatorHead
-        if by_kernels and (wants_hidden or wants_weight) and learns_by_kernels(weight, dtype):
+        if by_kernels:
             head = KernelHead(weight, rows)
         else:
             head = OperatorHead(weight, dtype, rows, wants_hidden=wants_hidden, wants_weight=wants_weight)

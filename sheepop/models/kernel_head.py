@@ -1,6 +1,6 @@
 """The output head and its gradients in fp32 by compiled kernels (`head_kernels.py`), for some tokens at a time.
 
-Shape letters: n tokens, V entries, W of them with those that fill the last block, D width, P width of a panel.
+Shape letters: n tokens, N of them with those that fill the last block, V entries, D width, P width of a panel.
 """
 
 import torch
@@ -31,33 +31,36 @@ class KernelHead:
     def __init__(self, weight: Tensor, rows: int) -> None:
         """Get ready for at most so many rows at a time."""
         from sheepop.models.head_kernels import ENTRIES, TOKENS, new_powers  # numba, which takes half a second to load
-        from sheepop.models.squares import PANEL
+        from sheepop.models.squares import LOW, PANEL
 
-        self.sides, self.panel, self.num_entries = (TOKENS, ENTRIES), PANEL, len(weight)
-        whole = F.pad(weight.detach(), (0, 0, 0, -len(weight) % ENTRIES))  # (W, D)
-        self.turned = whole.view(-1, PANEL, whole.shape[1]).transpose(1, 2).contiguous()  # (W / P, D, P)
-        self.panels = self.in_panels(whole)  # (D / P, W, P)
-        self.whole_gradient = torch.empty_like(whole)
+        self.sides, self.panel = (TOKENS, ENTRIES), PANEL
+        self.weight, self.gradient = weight.detach().contiguous(), torch.empty(weight.shape)
+        self.left_over = len(weight) % ENTRIES
+        rest = self.weight[len(weight) - self.left_over :]
+        self.last = F.pad(rest, (0, 0, 0, -len(rest) % LOW))
+        self.last_gradient = torch.empty_like(self.last)
         self.memory = new_powers(rows, len(weight))
-        self.weight_gradient = self.whole_gradient[: len(weight)]
 
-    def in_panels(self, rows: Tensor) -> Tensor:
-        """Return rows (R, D) as panels (D / P, R, P)."""
-        return rows.view(len(rows), -1, self.panel).transpose(0, 1).contiguous()
+    @property
+    def weight_gradient(self) -> Tensor:
+        """The gradient (V, D) of the weight, once all tokens are in it."""
+        self.gradient[len(self.gradient) - self.left_over :] = self.last_gradient[: self.left_over]
+        return self.gradient
 
     def score(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return -ln p(target) in nats and the logit of the target, (n,) each, for inputs (n, D) and targets (n,)."""
         from sheepop.models.head_kernels import find_powers
 
-        missing = -len(inputs) % self.sides[0]
+        tokens = self.sides[0]
+        missing = -len(inputs) % tokens
         self.inputs, self.targets = F.pad(inputs, (0, 0, 0, missing)), F.pad(targets, (0, missing))
-        self.powers = self.memory[: len(self.inputs) // self.sides[0]]
+        self.powers = self.memory[: len(self.inputs) // tokens]
+        in_blocks = self.inputs.view(len(self.powers), tokens // self.panel, self.panel, -1)
+        turned = in_blocks.transpose(2, 3).contiguous()  # (N / 128, 128 / P, D, P)
         scores, bases, self.totals = torch.empty(3, len(self.inputs))
-        tensors = self.inputs, self.turned, self.targets, self.powers, scores, bases, self.totals
+        tensors = turned, self.weight, self.last, self.targets, self.powers, scores, bases, self.totals
         arrays = [tensor.numpy() for tensor in tensors]
-        on_all_threads(
-            lambda part: find_powers(*arrays, self.num_entries, part.start, part.stop), rows=len(self.powers)
-        )
+        on_all_threads(lambda part: find_powers(*arrays, part.start, part.stop), rows=len(self.powers))
         losses = (self.totals.log() + bases - scores)[: len(inputs)]
         self.set_right(torch.exp(-losses) - 1)
         return losses, scores[: len(inputs)]
@@ -69,7 +72,7 @@ class KernelHead:
             (torch.div(of, side, rounding_mode="floor"), of % side)
             for of, side in zip((torch.arange(len(errors)), targets), self.sides, strict=True)
         )
-        self.powers[block, other, row, column] = errors * self.totals[: len(errors)]
+        self.powers[block, other, column, row] = errors * self.totals[: len(errors)]
 
     def weigh(self, weights: Tensor) -> None:
         """Let the errors of each token count so much, (n,)."""
@@ -81,7 +84,7 @@ class KernelHead:
         from sheepop.models.head_kernels import find_hidden_gradient
 
         whole = gradient if len(gradient) == len(self.inputs) else torch.empty_like(self.inputs)
-        arrays = [tensor.numpy() for tensor in (self.powers, self.panels, self.factors, whole)]
+        arrays = [tensor.numpy() for tensor in (self.powers, self.weight, self.last, self.factors, whole)]
         on_all_threads(lambda part: find_hidden_gradient(*arrays, part.start, part.stop), rows=len(self.powers))
         if whole is not gradient:
             gradient.copy_(whole[: len(gradient)])
@@ -90,8 +93,9 @@ class KernelHead:
         """Add to the gradient (V, D) of the weight; the first replaces what was there."""
         from sheepop.models.head_kernels import add_to_weight_gradient
 
-        inputs = self.in_panels(self.inputs * self.factors[:, None])
-        arrays = [tensor.numpy() for tensor in (self.powers, inputs, self.whole_gradient)]
+        weighed = self.inputs * self.factors[:, None]
+        panels = weighed.view(len(weighed), -1, self.panel).transpose(0, 1).contiguous()  # (D / P, N, P)
+        arrays = [tensor.numpy() for tensor in (self.powers, panels, self.gradient, self.last_gradient)]
         on_all_threads(
             lambda part: add_to_weight_gradient(*arrays, is_first, part.start, part.stop), rows=self.powers.shape[1]
         )

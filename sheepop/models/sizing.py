@@ -261,16 +261,15 @@ def logits_bytes(
 
     In fp32 on a CPU log-softmax and gradient take the logits' place. On a GPU there are two fp32 ones at a time, and
     with mixed precision on a CPU one and the gradient in the computing type. At the end there are the gradients of what
-    the head reads and of its weight; with mixed precision a part of the latter stands beside it. Kernels, which are for
-    fp32, have the weight twice more, in other orders.
+    the head reads and of its weight; with mixed precision a part of the latter stands beside it.
     """
-    rows = min(batch_size * context, rows_at_once(config.vocab_size, "cuda" if on_gpu else "cpu"))
     is_mixed = bytes_per_number < 4
+    least = rows_at_once(config.vocab_size, "cuda" if on_gpu else "cpu", by_kernels=by_kernels and not is_mixed)
+    rows = min(batch_size * context, least)
     beside = 4 if on_gpu else bytes_per_number if is_mixed else 0
     part = bytes_per_number * min(MOST_AT_ONCE, config.d_model * config.vocab_size) if is_mixed else 0
     gradients = 4 * config.d_model * (config.vocab_size + batch_size * context)
-    turned = 8 * config.d_model * config.vocab_size if by_kernels and not on_gpu and not is_mixed else 0
-    return rows * config.vocab_size * (4 + beside) + gradients + part + turned
+    return rows * config.vocab_size * (4 + beside) + gradients + part
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def test_loss_and_gradients_are_those_of_the_reference_however_the_rows_are_cut(
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
     expected = with_gradients(loss, *exact)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_loss, "rows_at_once", lambda vocab_size, device_type: rows)
+        patch.setattr(head_loss, "rows_at_once", lambda *_, **__: rows)
         found = with_gradients(summed_head_loss(hidden, weight, targets), hidden, weight)
     # A loss is a difference of logits, small where the target is nearly certain; a gradient adds rows of the other
     # tensor, each at most once.
@@ -66,6 +66,7 @@ def test_loss_and_gradients_are_those_of_the_reference_however_the_rows_are_cut(
 )
 def test_few_tokens_have_their_logits_at_a_time(vocab, rows, rows_elsewhere):
     assert (rows_at_once(vocab, "cpu"), rows_at_once(vocab, "cuda")) == (rows, rows_elsewhere)
+    assert rows_at_once(vocab, "cpu", by_kernels=True) == max(rows, 512)
 
 
 @pytest.mark.parametrize(("vocab", "chunks"), [(65, 1), (768, 1), (9001, 3)])
@@ -82,7 +83,7 @@ def test_real_sizes(vocab, chunks):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # what the norm before the head gives
 def test_under_autocast_it_is_as_exact_as_the_reference(dtype, kernel_from, monkeypatch):
     monkeypatch.setattr(head_loss, "KERNEL_FROM", kernel_from)
-    monkeypatch.setattr(head_loss, "rows_at_once", lambda vocab_size, device_type: 37)
+    monkeypatch.setattr(head_loss, "rows_at_once", lambda *_, **__: 37)
     hidden, weight, targets = case(4, 50, 48, 300, dtype=dtype)
     exact = with_gradients(by_the_reference(hidden.float(), weight, targets), hidden, weight)
     with torch.autocast("cpu", torch.bfloat16):

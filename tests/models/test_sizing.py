@@ -164,7 +164,7 @@ def test_the_logits_are_those_of_a_chunk():
     mixed = logits_bytes(config, batch_size=8, context=1024, bytes_per_number=2)
     assert mixed == (4 + 2) * 256 * 50257 + head + 2 * 2**22
     by_kernels = logits_bytes(config, batch_size=8, context=1024, by_kernels=True)
-    assert by_kernels == 4 * 256 * 50257 + head + 2 * 4 * 768 * 50257
+    assert by_kernels == 4 * 512 * 50257 + head
     assert mixed == logits_bytes(config, batch_size=8, context=1024, bytes_per_number=2, by_kernels=True)
 
 

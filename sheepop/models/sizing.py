@@ -264,8 +264,8 @@ def logits_bytes(
     the head reads and of its weight; with mixed precision a part of the latter stands beside it.
     """
     is_mixed = bytes_per_number < 4
-    least = rows_at_once(config.vocab_size, "cuda" if on_gpu else "cpu", by_kernels=by_kernels and not is_mixed)
-    rows = min(batch_size * context, least)
+    at_once = rows_at_once(config.vocab_size, "cuda" if on_gpu else "cpu", by_kernels=by_kernels and not is_mixed)
+    rows = min(batch_size * context, at_once)
     beside = 4 if on_gpu else bytes_per_number if is_mixed else 0
     part = bytes_per_number * min(MOST_AT_ONCE, config.d_model * config.vocab_size) if is_mixed else 0
     gradients = 4 * config.d_model * (config.vocab_size + batch_size * context)

@@ -2,8 +2,9 @@
 
 Products are added up in as many sums as the registers hold, so that they take the time of their multiplications alone
 (Goto and van de Geijn 2008). Their factors are items of 32 bits: numbers of fp32, or on a processor that multiplies
-bf16, pairs of neighbours along the dimension that is added up. The right one of larger products lies in panels of as
-many columns as the registers hold sums of: rows further apart than a panel's would meet in few sets of a cache.
+bf16, pairs of neighbours along the dimension that is added up. The right one of larger products is read in panels of
+as many columns as the registers hold sums of, best where their rows follow each other: those far apart meet in few sets
+of the first cache.
 Shape letters: B batch, T time, H heads, C head width, I items that are added up: T or C, or half of it in pairs; P the
 width of a panel.
 """

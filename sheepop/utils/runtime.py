@@ -3,7 +3,6 @@
 import atexit
 import ctypes
 import gc
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -75,9 +74,11 @@ def load_numba_alone() -> None:
     """
     if not has_numba():
         return
+    from importlib import metadata  # takes half as long as the command line to start
+
     from numba.core import entrypoints
 
-    additions = importlib.metadata.entry_points(group="numba_extensions")
+    additions = metadata.entry_points(group="numba_extensions")
     if not any(addition.module.partition(".")[0] in sys.modules for addition in additions):
         entrypoints._already_initialized = True
 
